@@ -1,0 +1,36 @@
+"""Adaptive token merging for transformer semantic communication.
+
+>>> import timm, torch, tokmerge
+>>> model = timm.create_model("vit_tiny_patch16_224", img_size=64).eval()
+>>> merged = tokmerge.patch(model, tokmerge.Threshold(0.9))
+>>> logits, record = merged(torch.zeros(1, 3, 64, 64))
+>>> record.tokens.shape
+torch.Size([1, 13])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokmerge.policies import PiToMe, Policy, Threshold, TopR
+    from tokmerge.search import Front, load_front
+    from tokmerge.vit import MergedViT, Record, patch, unmerge, unpatch
+
+# Loaded on first use, so that drawing figures from saved tables does not depend on the engine.
+_HOME = {
+    "policies": ("PiToMe", "Policy", "Threshold", "TopR"),
+    "search": ("Front", "load_front"),
+    "vit": ("MergedViT", "Record", "patch", "unmerge", "unpatch"),
+}
+
+__all__ = [
+    "Front", "MergedViT", "PiToMe", "Policy", "Record", "Threshold", "TopR",
+    "load_front", "patch", "unmerge", "unpatch",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"tokmerge.{module}"), name)
+    raise AttributeError(f"module 'tokmerge' has no attribute {name!r}")

@@ -1,0 +1,203 @@
+"""Packed batches: images with different token counts, one after the other in one (T, D) tensor.
+
+Adaptive merging leaves every image with its own N. Linear layers and norms run on the T = sum(N) rows
+as they are, without padding; only attention and matching need to know which row belongs to which image.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Below this many values per image (tokens x attn_dim), one padded attention call beats a loop of exact
+# per-image calls on a CPU: the calls are then too short to pay for themselves.
+PADDED_ATTENTION_MAX_VALUES = 32_768
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows belong to which image.
+
+    Attributes:
+        lengths: (B,) int64, tokens of each image, on the tokens' device.
+    """
+
+    lengths: Tensor
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Lengths as Python ints (one device synchronisation)."""
+        return self.lengths.tolist()
+
+    @cached_property
+    def longest(self) -> int:
+        """The largest token count."""
+        return max(self.counts)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """All images have the same token count: padding is a reshape."""
+        return min(self.counts) == self.longest
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(B,) first row of each image."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def image(self) -> Tensor:
+        """(T,) the image each row belongs to."""
+        return torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(
+            self.lengths, output_size=sum(self.counts)
+        )
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, longest) bool: which padded positions hold a token."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """(B * longest,) packed row behind each padded position (any row where there is none)."""
+        positions = torch.arange(self.longest, device=self.lengths.device) + self.offsets[:, None]
+        return positions.clamp_(max=sum(self.counts) - 1).flatten()
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """(T,) padded position of each packed row."""
+        shift = torch.arange(len(self.counts), device=self.lengths.device) * self.longest - self.offsets
+        return torch.arange(sum(self.counts), device=self.lengths.device) + shift[self.image]
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """(T, ...) -> (B, longest, ...); positions where `valid` is False hold arbitrary rows."""
+        shape = (len(self.counts), self.longest, *rows.shape[1:])
+        return (rows if self.uniform else rows.index_select(0, self._rows)).reshape(shape)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, longest, ...) -> (T, ...), the inverse of `pad`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.uniform else flat.index_select(0, self._positions)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The tokens of a batch.
+
+    Attributes:
+        x: (T, D) tokens, image after image.
+        layout: which rows belong to which image.
+        sizes: (T,) patches each token stands for; None while nothing has merged (all ones).
+        source: (B, N) int64: which of its image's tokens each original token is now part of, -1 if it
+            was dropped; None unless asked for.
+    """
+
+    x: Tensor
+    layout: Layout
+    sizes: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of each image."""
+        return self.layout.lengths
+
+    def split(self) -> list[Tensor]:
+        """One (N, D) tensor per image."""
+        return list(self.x.split(self.layout.counts))
+
+    def with_x(self, x: Tensor) -> "Packed":
+        """The same tokens with other values."""
+        return replace(self, x=x)
+
+
+def pack(x: Tensor) -> Packed:
+    """(B, N, D) tokens of an unmerged batch as a packed one.
+
+    >>> pack(torch.zeros(2, 3, 4)).lengths
+    tensor([3, 3])
+    """
+    batch, tokens, _ = x.shape
+    return Packed(x.flatten(0, 1), Layout(torch.full((batch,), tokens, device=x.device)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+    """Proportional attention inside each image: softmax_j(q_i.k_j / sqrt(d) + log s_j) v_j.
+
+    Args:
+        q, k, v: (T, H, d).
+        layout: which rows belong to which image.
+        sizes: (T,) token sizes s; None for all ones.
+
+    Returns:
+        (T, H, d), independent of what else is in the batch.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not (layout.uniform and sizes is None):
+        return attend_varlen(q, k, v, layout, sizes)
+    if layout.uniform or layout.longest * q[0].numel() <= PADDED_ATTENTION_MAX_VALUES or q.is_cuda:
+        return attend_padded(q, k, v, layout, sizes)
+    return attend_each(q, k, v, layout, sizes)
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+    """`attend` as one padded call; padding keys are masked out exactly."""
+    mask = None
+    if sizes is not None:
+        mask = layout.pad(sizes.log())
+        if not layout.uniform:
+            mask = mask.masked_fill(~layout.valid, float("-inf"))
+        mask = mask[:, None, None, :].to(q.dtype)
+    elif not layout.uniform:
+        mask = layout.valid[:, None, None, :]
+    q, k, v = (layout.pad(part).transpose(1, 2) for part in (q, k, v))
+    return layout.unpad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2))
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+    """`attend` image by image: no row is copied and none is padded."""
+    bias = None if sizes is None else sizes.log().to(q.dtype)
+    parts, first = [], 0
+    for count in layout.counts:
+        rows = slice(first, first + count)
+        qi, ki, vi = (part[rows].transpose(0, 1)[None] for part in (q, k, v))
+        mask = None if bias is None else bias[None, None, None, rows]
+        parts.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask)[0].transpose(0, 1))
+        first += count
+    return torch.cat(parts)
+
+
+def append_size_coordinate(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Fold the log-size term into the dot product, so that any attention kernel computes it unmasked.
+
+    q' = [q, sqrt(d)], k' = [k, log s] give q'.k' / sqrt(d) = q.k / sqrt(d) + log s. The head is padded
+    with zeros to a multiple of 8, as fused kernels want it.
+
+    Args:
+        q, k, v: (T, H, d).
+        sizes: (T,) token sizes; None for all ones.
+
+    Returns:
+        q, k, v of shape (T, H, d') with d' the next multiple of 8 above d; attend with scale d ** -0.5.
+    """
+    d = q.shape[-1]
+    if sizes is None:
+        return q, k, v
+    width = -(-(d + 1) // 8) * 8
+    q, k, v = (F.pad(part, (0, width - d)) for part in (q, k, v))
+    q[..., d] = d**0.5
+    k[..., d] = sizes.log().to(k.dtype)[:, None]
+    return q, k, v
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+    """`attend` with the variable-length flash kernel (CUDA, 16-bit): no padding, no mask, no loop."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    d = q.shape[-1]
+    ends = F.pad(layout.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    q, k, v = append_size_coordinate(q, k, v, sizes)
+    # num_splits=1: the same bits for an image whatever else is in the batch.
+    out = varlen_attn(q, k, v, ends, ends, layout.longest, layout.longest, scale=d**-0.5, num_splits=1)
+    assert isinstance(out, Tensor)
+    return out[..., :d]

@@ -1,0 +1,259 @@
+"""Merge policies: which tokens merge into which, at each layer.
+
+A policy is a small frozen object with four methods; attention, averaging, packing and cost are shared:
+
+    check(depth)            raise if it does not fit a model of that depth
+    active(layer)           False: the layer is left exactly as it is
+    select(context)         the merges of this layer, for the whole batch
+    match_macs(layer, n, d) what choosing costs, from the tokens that may merge
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokmerge.merge import Context, Matches, Merges, match
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the engine asks of a policy."""
+
+    def check(self, depth: int) -> None:
+        """Raise ValueError if the policy does not fit ``depth`` blocks."""
+        ...
+
+    def active(self, layer: int) -> bool:
+        """False when nothing can merge at ``layer``."""
+        ...
+
+    def select(self, context: Context) -> Merges:
+        """The merges of one layer."""
+        ...
+
+    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+        """(B,) multiply-accumulates of choosing among ``n`` (B,) unprotected tokens with d-wide features."""
+        ...
+
+
+def _per_layer(kind: str, name: str, values: object, number: type) -> tuple | Real:
+    """A number, or one number per layer; TypeError / ValueError names the entry that is not."""
+    what = "an integer" if number is Integral else "a number"
+
+    def checked(value: object, where: str) -> Real:
+        if isinstance(value, bool) or not isinstance(value, number) or math.isnan(value):  # type: ignore[arg-type]
+            raise TypeError(f"{kind}: {name}{where} is {value!r}, not {what}")
+        if number is Integral and value < 0:  # type: ignore[operator]
+            raise ValueError(f"{kind}: {name}{where} is {value}, but cannot be negative")
+        return value  # type: ignore[return-value]
+
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return tuple(checked(value, f"[{layer}]") for layer, value in enumerate(values))
+    return checked(values, "")
+
+
+def _check_length(kind: str, name: str, values: object, depth: int) -> None:
+    if isinstance(values, tuple) and len(values) != depth:
+        raise ValueError(f"{kind}: {len(values)} {name} for a model of {depth} blocks: give one per block")
+
+
+def _at(values: object, layer: int) -> float:
+    return values[layer] if isinstance(values, tuple) else values  # type: ignore[return-value]
+
+
+def _bipartite_macs(n: Tensor, d: int) -> Tensor:
+    a = n - n // 2
+    return a * (n - a) * d
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Token a merges into its best match b where their cosine similarity exceeds the layer's threshold.
+
+    Adaptive: every image keeps as many tokens as it needs. A threshold of 1 or more switches its layer off.
+
+    Args:
+        thresholds: one cosine threshold for every block, or a sequence with one per block.
+
+    Raises:
+        TypeError: a threshold is not a number.
+
+    >>> Threshold([0.9, 1.0]).active(1)
+    False
+    """
+
+    thresholds: float | Sequence[float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", _per_layer("Threshold", "thresholds", self.thresholds, Real))
+
+    def check(self, depth: int) -> None:
+        _check_length("Threshold", "thresholds", self.thresholds, depth)
+
+    def active(self, layer: int) -> bool:
+        return _at(self.thresholds, layer) < 1.0
+
+    def select(self, context: Context) -> Merges:
+        matches = match(context)
+        return matches.merges(matches.similarity > _at(self.thresholds, context.layer))
+
+    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+        return _bipartite_macs(n, d)
+
+
+@dataclass(frozen=True)
+class TopR:
+    """The r most similar pairs merge, the same number in every image (ToMe, Bolya et al., 2210.09461).
+
+    Args:
+        r: tokens removed at every block, or a sequence with one number per block. Where fewer than r
+            tokens can merge, all that can do.
+
+    >>> TopR([8, 0]).active(1)
+    False
+    """
+
+    r: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", _per_layer("TopR", "r", self.r, Integral))
+
+    def check(self, depth: int) -> None:
+        _check_length("TopR", "r values", self.r, depth)
+
+    def active(self, layer: int) -> bool:
+        return _at(self.r, layer) > 0
+
+    def select(self, context: Context) -> Merges:
+        matches = match(context)
+        return matches.merges(_largest(matches.similarity, int(_at(self.r, context.layer))))
+
+    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+        return _bipartite_macs(n, d)
+
+
+def _largest(values: Tensor, r: int) -> Tensor:
+    """(B, A) bool: the r largest finite values of each row; of equal values the first."""
+    top = values.argsort(dim=1, descending=True, stable=True)[:, :r]
+    chosen = torch.zeros_like(values, dtype=torch.bool).scatter_(1, top, True)
+    return chosen & values.isfinite()
+
+
+@dataclass(frozen=True)
+class PiToMe:
+    """Energy-based merging (Tran et al., 2405.16148): only tokens amid many similar ones may merge.
+
+    The energy of token i is mean_j ELU(cos(m_i, m_j) - margin), margin = 0.75 (1 - l / L), over the other
+    unprotected tokens j of its image. The 2r tokens of highest energy are candidates; in order of energy they
+    alternate between A and B, and each a merges into its most similar b.
+
+    Args:
+        r: tokens removed at every block, or a sequence with one number per block. Where an image has
+            fewer than 2r unprotected tokens, half of those it has.
+    """
+
+    r: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", _per_layer("PiToMe", "r", self.r, Integral))
+
+    def check(self, depth: int) -> None:
+        _check_length("PiToMe", "r values", self.r, depth)
+
+    def active(self, layer: int) -> bool:
+        return _at(self.r, layer) > 0
+
+    def select(self, context: Context) -> Merges:
+        layout, first = context.layout, context.protected
+        metric = context.padded_metric[:, first:]
+        valid = layout.valid[:, first:]
+        n = valid.sum(1)
+        scores = metric @ metric.transpose(1, 2)
+        margin = 0.75 * (1 - context.layer / context.depth)
+        pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=n.device)
+        energy = (F.elu(scores - margin) * pairs).sum(2) / (n - 1).clamp(min=1)[:, None]
+        order = energy.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+
+        r = (n // 2).clamp(max=int(_at(self.r, context.layer)))
+        widest = int(r.max())
+        used = torch.arange(widest, device=r.device) < r[:, None]
+        a, b = order[:, : 2 * widest : 2], order[:, 1 : 2 * widest : 2]
+        candidates = scores.gather(1, a[:, :, None].expand(-1, -1, scores.shape[2]))
+        candidates = candidates.gather(2, b[:, None, :].expand(-1, widest, -1))
+        similarity, best = candidates.masked_fill(~used[:, None, :], float("-inf")).max(dim=2)
+        rows = layout.offsets[:, None] + first
+        return Matches(similarity, rows + a, rows + b.gather(1, best)).merges(used)
+
+    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+        return n * n * d
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Merges nothing; keeps every best-match similarity it sees, for calibration.
+
+    Attributes:
+        seen: per layer, the (M,) similarities of each batch.
+    """
+
+    seen: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def check(self, depth: int) -> None:
+        pass
+
+    def active(self, layer: int) -> bool:
+        return True
+
+    def select(self, context: Context) -> Merges:
+        similarity = match(context).similarity
+        self.seen.setdefault(context.layer, []).append(similarity[similarity.isfinite()].cpu())
+        none = torch.empty(0, dtype=torch.int64, device=similarity.device)
+        return Merges(none, none)
+
+    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+        return _bipartite_macs(n, d)
+
+    def calibration(self, points: int = 1001) -> "Calibration":
+        """The distribution of what was seen, at each layer."""
+        grid = np.linspace(0, 1, points)
+        rows = [np.quantile(torch.cat(self.seen[layer]).double(), grid) for layer in sorted(self.seen)]
+        return Calibration(np.stack(rows))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Each layer's distribution of best-match similarity in the unmerged model.
+
+    Raw cosines are badly scaled: most of a layer's mass sits within a few hundredths. A share u in [0, 1] of
+    tokens to merge is a better coordinate; this maps it to the layer's cosine threshold.
+
+    Attributes:
+        quantiles: (L, Q) similarity at evenly spaced probabilities from 0 to 1.
+    """
+
+    quantiles: np.ndarray
+
+    def thresholds(self, u: Sequence[float]) -> tuple[float, ...]:
+        """Cosine thresholds that let a share u_l of layer l's set A merge.
+
+        Args:
+            u: one share per layer; 0: nothing merges (threshold 1), 1: everything in A merges (threshold -1).
+
+        >>> Calibration(np.array([[0.0, 0.5, 1.0]])).thresholds([0.25])
+        (0.75,)
+        """
+        if len(u) != len(self.quantiles):
+            raise ValueError(f"{len(u)} shares for a calibration of {len(self.quantiles)} layers")
+        for layer, share in enumerate(u):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"u[{layer}] is {share}, not a share between 0 and 1")
+        grid = np.linspace(0, 1, self.quantiles.shape[1])
+        inner = [float(np.interp(1 - share, grid, row)) for share, row in zip(u, self.quantiles, strict=True)]
+        return tuple(1.0 if share == 0 else -1.0 if share == 1 else tau for share, tau in zip(u, inner, strict=True))

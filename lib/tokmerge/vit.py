@@ -1,0 +1,249 @@
+"""Merging in a timm VisionTransformer: the only module that touches its internals.
+
+`patch` wraps a model; the model itself, its class and its state_dict stay as they are. One block (pre-norm):
+
+    x = x + attention(norm1(x))     proportional: softmax_j(q_i.k_j / sqrt(d) + log s_j)
+    x = merge(x)                    the policy chooses pairs by the mean-over-heads keys
+    x = x + mlp(norm2(x))           on the survivors
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokmerge import merge, wire
+from tokmerge.cost import ViTCost
+from tokmerge.packed import Layout, Packed, attend, pack
+from tokmerge.policies import Policy
+
+POOLS = ("token", "avg", "max", "avgmax", "map")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one forward pass did.
+
+    Attributes:
+        tokens: (B, L + 1) int64, tokens entering each block, and after the last.
+        macs: (B,) int64, multiply-accumulates, merging overhead included.
+        payload_bytes: (B,) int64, length of what `tokmerge.wire.encode` produces for each image.
+        source: (B, N) int64 source map, or None if it was not asked for.
+    """
+
+    tokens: Tensor
+    macs: Tensor
+    payload_bytes: Tensor
+    source: Tensor | None = None
+
+
+def unmerge(packed: Packed, record: Record) -> Tensor:
+    """The full token grid (B, N, D): every surviving token copied to the places it stands for.
+
+    Args:
+        packed: what ``merged.features(images)`` gives.
+        record: of the same images, made with ``source=True``.
+
+    Raises:
+        ValueError: the record has no source map, or is of another batch.
+    """
+    if record.source is None:
+        raise ValueError("the record has no source map: run merged(images, source=True)")
+    if not torch.equal(record.tokens[:, -1], packed.lengths):
+        raise ValueError("packed tokens and record are not of the same batch")
+    return merge.unmerge(packed, record.source)
+
+
+class MergedViT(nn.Module):
+    """A timm VisionTransformer that merges tokens as a policy says. Made by `patch`.
+
+    Attributes:
+        model: the wrapped model, unchanged.
+        policy: what merges; None for nothing.
+    """
+
+    def __init__(self, model: VisionTransformer, policy: Policy | None, precision: str, split_layer: int) -> None:
+        super().__init__()
+        self.model = model
+        self.policy = policy
+        self.precision = precision
+        self.split_layer = split_layer
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped model's state_dict, under its own names."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the wrapped model."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    @cached_property
+    def cost(self) -> ViTCost:
+        """The wrapped model's cost, at its nominal input size."""
+        height, width = self.model.patch_embed.img_size
+        return ViTCost.of(self.model, (self.model.in_chans, height, width))
+
+    def forward(self, images: Tensor, source: bool = False) -> tuple[Tensor, Record]:
+        """Class scores and what they took.
+
+        Args:
+            images: (B, C, H, W).
+            source: also keep the source map (needed by `unmerge`).
+
+        Returns:
+            logits (B, classes) and the Record.
+        """
+        packed, record = self.forward_features(images, source)
+        return self.forward_head(packed), record
+
+    def features(self, images: Tensor) -> Packed:
+        """The packed tokens before the head (final norm included): (B, C, H, W) -> Packed."""
+        return self.forward_features(images)[0]
+
+    def forward_features(self, images: Tensor, source: bool = False) -> tuple[Packed, Record]:
+        """Packed tokens before the head, and the Record."""
+        model, policy = self.model, self.policy
+        self._check_images(images)
+        tokens = pack(self._embed(images))
+        if source:
+            batch, n = len(images), tokens.layout.longest
+            tokens = replace(tokens, source=torch.arange(n, device=images.device).repeat(batch, 1))
+        lengths, at_split = [tokens.lengths], tokens
+        for layer in range(len(model.blocks)):
+            tokens = self._block(tokens, layer)
+            lengths.append(tokens.lengths)
+            if layer + 1 == self.split_layer:
+                at_split = tokens
+        counts = torch.stack(lengths, dim=1)
+        # After the last block a class-token head reads no sizes; everything else weighs tokens by them.
+        needs_sizes = policy is not None and (self.split_layer < len(model.blocks) or model.global_pool != "token")
+        sizes = at_split.sizes
+        if needs_sizes and sizes is None:
+            sizes = torch.ones(len(at_split.x), device=images.device)
+        record = Record(
+            tokens=counts,
+            macs=self.cost.total(counts, policy),
+            payload_bytes=wire.payload_bytes(
+                at_split.lengths, model.embed_dim, self.precision, sizes if needs_sizes else None
+            ),
+            source=tokens.source,
+        )
+        return tokens.with_x(model.norm(tokens.x)), record
+
+    def forward_head(self, packed: Packed) -> Tensor:
+        """Pool and classify packed tokens: logits (B, classes). Pools weigh tokens by their size."""
+        model, layout, first = self.model, packed.layout, self.model.num_prefix_tokens
+        if model.global_pool == "token":
+            rows = layout.offsets[:, None] + torch.arange(first, device=packed.x.device)
+            return model.forward_head(packed.x[rows])
+        padded, valid = layout.pad(packed.x), layout.valid
+        sizes = packed.x.new_ones(len(packed.x)) if packed.sizes is None else packed.sizes.to(packed.x.dtype)
+        weights = layout.pad(sizes) * valid
+        if not model.pool_include_prefix:
+            padded, weights = padded[:, first:], weights[:, first:]
+        if model.global_pool == "map":
+            x = model.attn_pool(padded, attn_mask=weights.log()[:, None, None, :])
+        else:
+            mean = (padded * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+            peak = padded.masked_fill((weights == 0)[..., None], float("-inf")).amax(1)
+            x = {"avg": mean, "max": peak, "avgmax": 0.5 * (peak + mean)}[model.global_pool]
+        return model.head(model.head_drop(model.fc_norm(x)))
+
+    def _check_images(self, images: Tensor) -> None:
+        if self.training:
+            raise RuntimeError("token merging is for inference: call .eval() first")
+        if images.ndim != 4:
+            raise ValueError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
+        model = self.model
+        if images.shape[1] != model.in_chans:
+            raise ValueError(f"images have {images.shape[1]} channels, the model takes {model.in_chans}")
+        wanted = tuple(model.patch_embed.img_size)
+        if not model.dynamic_img_size and tuple(images.shape[2:]) != wanted:
+            raise ValueError(f"images are {tuple(images.shape[2:])} pixels, the model takes {wanted}: resize them")
+
+    def _embed(self, images: Tensor) -> Tensor:
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def _block(self, tokens: Packed, layer: int) -> Packed:
+        block: Any = self.model.blocks[layer]
+        out, keys = _attention(block.attn, block.norm1(tokens.x), tokens.layout, tokens.sizes)
+        tokens = tokens.with_x(tokens.x + block.drop_path1(block.ls1(out)))
+        policy = self.policy
+        if policy is not None and policy.active(layer):
+            context = merge.Context(
+                layer=layer,
+                depth=len(self.model.blocks),
+                protected=self.model.num_prefix_tokens,
+                metric=F.normalize(keys.mean(1), dim=-1),
+                sizes=tokens.sizes,
+                layout=tokens.layout,
+            )
+            tokens = merge.apply(tokens, policy.select(context))
+        return tokens.with_x(tokens.x + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens.x)))))
+
+
+def _attention(attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """timm's Attention on packed rows: (T, D) -> (T, D), and the keys (T, H, d)."""
+    q, k, v = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out = attn.norm(attend(q, k, v, layout, sizes).flatten(1))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out)), k
+
+
+def patch(
+    model: nn.Module, policy: Policy | None, *, precision: str = "float16", split_layer: int | None = None
+) -> MergedViT:
+    """Attach a merge policy to a timm VisionTransformer, or replace the one a patched model has.
+
+    Args:
+        model: timm VisionTransformer with standard pre-norm blocks (class token or none, registers,
+            distilled, layer scale, qk-norm; pooling token, avg, max, avgmax or map), or a patched one.
+        policy: what merges; None for nothing.
+        precision: of the token values in the payload, one of `tokmerge.wire.PRECISIONS`.
+        split_layer: how many blocks run before the tokens are sent; all of them by default.
+
+    Returns:
+        A module that maps images to (logits, Record). The model's class and state_dict are unchanged.
+
+    Raises:
+        TypeError: the model or the policy is of an unsupported kind.
+        ValueError: the policy does not fit the model, or an unknown precision or split.
+    """
+    if isinstance(model, MergedViT):
+        model = model.model
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(
+            f"cannot merge tokens in a {type(model).__name__}: a timm VisionTransformer is needed "
+            "(timm.create_model('deit_small_patch16_224') makes one)"
+        )
+    for layer, block in enumerate(model.blocks):
+        if type(block) is not Block or type(block.attn) is not Attention:
+            kind = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
+            raise TypeError(f"block {layer} of the model is a {kind}: only timm's Block with Attention is supported")
+    if model.global_pool not in POOLS:
+        raise TypeError(f"global_pool={model.global_pool!r} is not supported: use one of {', '.join(POOLS)}")
+    depth = len(model.blocks)
+    if policy is not None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy is a {type(policy).__name__}: use Threshold, TopR, PiToMe or None")
+        policy.check(depth)
+    if precision not in wire.PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(wire.PRECISIONS)}")
+    split_layer = depth if split_layer is None else split_layer
+    if not 0 <= split_layer <= depth:
+        raise ValueError(f"split_layer is {split_layer}, but the model has {depth} blocks")
+    merged = MergedViT(model, policy, precision, split_layer)
+    return merged.train(model.training)
+
+
+def unpatch(merged: MergedViT) -> VisionTransformer:
+    """The model as it was before `patch`."""
+    return merged.model
