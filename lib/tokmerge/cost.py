@@ -28,7 +28,7 @@ def linear_macs(module: nn.Module) -> int:
 
 def module_macs(module: nn.Module, *shape: int) -> int:
     """MACs of one forward of ``module`` on an input of that shape, counted by torch on the meta device."""
-    ghost = copy.deepcopy(module).to("meta").eval()
+    ghost = copy.deepcopy(module).to("meta").float().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost(torch.empty(shape, device="meta"))
     return counter.get_total_flops() // 2
@@ -61,7 +61,7 @@ class ViTCost:
     protected: int
 
     @classmethod
-    def of(cls, model: VisionTransformer, image_shape: tuple[int, int, int]) -> "ViTCost":
+    def of(cls, model: VisionTransformer, image_shape: tuple[int, ...]) -> "ViTCost":
         """Read the cost off a timm model for (C, H, W) images."""
         blocks: Any = model.blocks
         attn_dim, pool_per_token = blocks[0].attn.attn_dim, 0
@@ -98,14 +98,12 @@ class ViTCost:
         macs = before * linear + 2 * before * before * self.attn_dim + after * mlp
         if policy is None:
             return macs
-        for layer in (layer for layer in range(len(self.mlp_linear)) if policy.active(layer)):
-            n = before[:, layer] - self.protected
-            # Head mean and normalisation of the metric; size-weighted sum and division of the residual stream.
-            metric = before[:, layer] * (self.attn_dim + 2 * self.head_dim)
-            merged = before[:, layer] != after[:, layer]
-            average = merged * (before[:, layer] + after[:, layer]) * self.embed_dim
-            macs[:, layer] += policy.match_macs(layer, n, self.head_dim) + metric + average
-        return macs
+        active = torch.tensor([policy.active(layer) for layer in range(macs.shape[1])], device=macs.device)
+        # Head mean and normalisation of the metric; size-weighted sum and division of the residual stream.
+        metric = before * (self.attn_dim + 2 * self.head_dim)
+        average = (before != after) * (before + after) * self.embed_dim
+        match = policy.match_macs(before - self.protected, self.head_dim)
+        return macs + active * (match + metric + average)
 
     def total(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
         """MACs of each image, patch embedding and head included: (B, L + 1) -> (B,) int64."""

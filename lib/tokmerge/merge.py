@@ -21,10 +21,12 @@ class Merges(NamedTuple):
     Attributes:
         src: (M,) packed rows, each at most once, none of them a dst.
         dst: (M,) packed rows of the same image.
+        lost: (B,) int64, merges of each image.
     """
 
     src: Tensor
     dst: Tensor
+    lost: Tensor
 
 
 class Matches(NamedTuple):
@@ -42,7 +44,8 @@ class Matches(NamedTuple):
 
     def merges(self, chosen: Tensor) -> Merges:
         """The merges of the chosen (B, A) bool entries."""
-        return Merges(self.src[chosen], self.dst[chosen])
+        entries = chosen.flatten().nonzero().squeeze(1)
+        return Merges(self.src.take(entries), self.dst.take(entries), chosen.sum(1))
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
         tokens: the batch; its source map is updated if it has one.
         merges: which rows merge into which.
     """
-    src, dst = merges
+    src, dst, lost = merges
     if len(src) == 0:
         return tokens
     x, layout = tokens.x, tokens.layout
@@ -104,13 +107,11 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
     alive[src] = False
     kept = alive.nonzero().squeeze(1)
 
-    weights = sizes[:, None].to(x.dtype)
-    total = x * weights
-    total = total.index_add(0, dst, total.index_select(0, src))
-    sizes = sizes.index_add(0, dst, sizes[src]).index_select(0, kept)
+    total = x * sizes[:, None].to(x.dtype)
+    total.index_add_(0, dst, total.index_select(0, src))
+    sizes = sizes.index_add(0, dst, sizes.index_select(0, src)).index_select(0, kept)
     merged = total.index_select(0, kept) / sizes[:, None].to(x.dtype)
 
-    lost = torch.zeros_like(layout.lengths).index_add_(0, layout.image[src], torch.ones_like(src))
     new_layout = Layout(layout.lengths - lost)
     source = tokens.source
     if source is not None:

@@ -48,7 +48,7 @@ class Layout:
 
     @cached_property
     def image(self) -> Tensor:
-        """(T,) the image each row belongs to."""
+        """(T,) image that each row belongs to."""
         return torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(
             self.lengths, output_size=sum(self.counts)
         )
@@ -122,47 +122,48 @@ def pack(x: Tensor) -> Packed:
     return Packed(x.flatten(0, 1), Layout(torch.full((batch,), tokens, device=x.device)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+def attend(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """Proportional attention inside each image: softmax_j(q_i.k_j / sqrt(d) + log s_j) v_j.
 
     Args:
-        q, k, v: (T, H, d).
+        qkv: (T, 3, H, d) queries, keys and values.
         layout: which rows belong to which image.
         sizes: (T,) token sizes s; None for all ones.
 
     Returns:
-        (T, H, d), independent of what else is in the batch.
+        (T, H * d), independent of what else is in the batch.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not (layout.uniform and sizes is None):
-        return attend_varlen(q, k, v, layout, sizes)
-    if layout.uniform or layout.longest * q[0].numel() <= PADDED_ATTENTION_MAX_VALUES or q.is_cuda:
-        return attend_padded(q, k, v, layout, sizes)
-    return attend_each(q, k, v, layout, sizes)
+    if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and not (layout.uniform and sizes is None):
+        return attend_varlen(qkv, layout, sizes)
+    if layout.uniform or qkv.is_cuda or layout.longest * qkv[0, 0].numel() <= PADDED_ATTENTION_MAX_VALUES:
+        return attend_padded(qkv, layout, sizes)
+    return attend_each(qkv, layout, sizes)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+def attend_padded(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """`attend` as one padded call; padding keys are masked out exactly."""
     mask = None
     if sizes is not None:
-        mask = layout.pad(sizes.log())
+        mask = layout.pad(sizes.log().to(qkv.dtype))
         if not layout.uniform:
             mask = mask.masked_fill(~layout.valid, float("-inf"))
-        mask = mask[:, None, None, :].to(q.dtype)
+        mask = mask[:, None, None, :]
     elif not layout.uniform:
         mask = layout.valid[:, None, None, :]
-    q, k, v = (layout.pad(part).transpose(1, 2) for part in (q, k, v))
-    return layout.unpad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2))
+    q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return layout.unpad(out.transpose(1, 2).flatten(2))
 
 
-def attend_each(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+def attend_each(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """`attend` image by image: no row is copied and none is padded."""
-    bias = None if sizes is None else sizes.log().to(q.dtype)
+    bias = None if sizes is None else sizes.log().to(qkv.dtype)
     parts, first = [], 0
     for count in layout.counts:
         rows = slice(first, first + count)
-        qi, ki, vi = (part[rows].transpose(0, 1)[None] for part in (q, k, v))
+        q, k, v = qkv[rows].permute(1, 2, 0, 3).unsqueeze(1)
         mask = None if bias is None else bias[None, None, None, rows]
-        parts.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask)[0].transpose(0, 1))
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1))
         first += count
     return torch.cat(parts)
 
@@ -190,14 +191,15 @@ def append_size_coordinate(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None
     return q, k, v
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
+def attend_varlen(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """`attend` with the variable-length flash kernel (CUDA, 16-bit): no padding, no mask, no loop."""
     from torch.nn.attention.varlen import varlen_attn
 
-    d = q.shape[-1]
+    d = qkv.shape[-1]
     ends = F.pad(layout.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    q, k, v = qkv.unbind(1)
     q, k, v = append_size_coordinate(q, k, v, sizes)
     # num_splits=1: the same bits for an image whatever else is in the batch.
     out = varlen_attn(q, k, v, ends, ends, layout.longest, layout.longest, scale=d**-0.5, num_splits=1)
     assert isinstance(out, Tensor)
-    return out[..., :d]
+    return out[..., :d].flatten(1)

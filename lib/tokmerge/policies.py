@@ -5,7 +5,7 @@ A policy is a small frozen object with four methods; attention, averaging, packi
     check(depth)            raise if it does not fit a model of that depth
     active(layer)           False: the layer is left exactly as it is
     select(context)         the merges of this layer, for the whole batch
-    match_macs(layer, n, d) what choosing costs, from the tokens that may merge
+    match_macs(n, d)        what choosing costs, from the number of tokens that may merge
 """
 
 import math
@@ -38,8 +38,8 @@ class Policy(Protocol):
         """The merges of one layer."""
         ...
 
-    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
-        """(B,) multiply-accumulates of choosing among ``n`` (B,) unprotected tokens with d-wide features."""
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        """Multiply-accumulates of choosing among ``n`` (any shape) unprotected tokens with d-wide features."""
         ...
 
 
@@ -104,7 +104,7 @@ class Threshold:
         matches = match(context)
         return matches.merges(matches.similarity > _at(self.thresholds, context.layer))
 
-    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
         return _bipartite_macs(n, d)
 
 
@@ -135,7 +135,7 @@ class TopR:
         matches = match(context)
         return matches.merges(_largest(matches.similarity, int(_at(self.r, context.layer))))
 
-    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
         return _bipartite_macs(n, d)
 
 
@@ -191,7 +191,7 @@ class PiToMe:
         rows = layout.offsets[:, None] + first
         return Matches(similarity, rows + a, rows + b.gather(1, best)).merges(used)
 
-    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
         return n * n * d
 
 
@@ -212,12 +212,13 @@ class Observe:
         return True
 
     def select(self, context: Context) -> Merges:
-        similarity = match(context).similarity
+        matches = match(context)
+        similarity = matches.similarity
         self.seen.setdefault(context.layer, []).append(similarity[similarity.isfinite()].cpu())
-        none = torch.empty(0, dtype=torch.int64, device=similarity.device)
-        return Merges(none, none)
+        nothing = torch.zeros_like(similarity, dtype=torch.bool)
+        return matches.merges(nothing)
 
-    def match_macs(self, layer: int, n: Tensor, d: int) -> Tensor:
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
         return _bipartite_macs(n, d)
 
     def calibration(self, points: int = 1001) -> "Calibration":

@@ -8,7 +8,6 @@
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +72,7 @@ class MergedViT(nn.Module):
         self.policy = policy
         self.precision = precision
         self.split_layer = split_layer
+        self._costs: dict[tuple[int, ...], ViTCost] = {}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped model's state_dict, under its own names."""
@@ -82,11 +82,11 @@ class MergedViT(nn.Module):
         """Load into the wrapped model."""
         return self.model.load_state_dict(*args, **kwargs)
 
-    @cached_property
-    def cost(self) -> ViTCost:
-        """The wrapped model's cost, at its nominal input size."""
-        height, width = self.model.patch_embed.img_size
-        return ViTCost.of(self.model, (self.model.in_chans, height, width))
+    def cost(self, image_shape: tuple[int, ...]) -> ViTCost:
+        """What the wrapped model costs for (C, H, W) images."""
+        if image_shape not in self._costs:
+            self._costs[image_shape] = ViTCost.of(self.model, image_shape)
+        return self._costs[image_shape]
 
     def forward(self, images: Tensor, source: bool = False) -> tuple[Tensor, Record]:
         """Class scores and what they took.
@@ -127,7 +127,7 @@ class MergedViT(nn.Module):
             sizes = torch.ones(len(at_split.x), device=images.device)
         record = Record(
             tokens=counts,
-            macs=self.cost.total(counts, policy),
+            macs=self.cost(tuple(images.shape[1:])).total(counts, policy),
             payload_bytes=wire.payload_bytes(
                 at_split.lengths, model.embed_dim, self.precision, sizes if needs_sizes else None
             ),
@@ -190,12 +190,14 @@ class MergedViT(nn.Module):
 
 def _attention(attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     """timm's Attention on packed rows: (T, D) -> (T, D), and the keys (T, H, d)."""
-    q, k, v = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    out = attn.norm(attend(q, k, v, layout, sizes).flatten(1))
+    qkv = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim)
+    if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
+        q, k, v = qkv.unbind(1)
+        qkv = torch.stack([attn.q_norm(q), attn.k_norm(k), v], dim=1)
+    out = attn.norm(attend(qkv, layout, sizes))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), k
+    return attn.proj_drop(attn.proj(out)), qkv[:, 1]
 
 
 def patch(

@@ -1,49 +1,45 @@
 """The payload: one image's tokens as bytes, in chunks that do not share each other's damage.
 
-| part   | field    | bytes              | content                                                            |
-|--------|----------|--------------------|--------------------------------------------------------------------|
-| header | magic    | 2                  | ``TM``                                                             |
-|        | version  | 1                  | 1                                                                  |
-|        | flags    | 1                  | bit 0: sizes are sent; bits 1-7: precision code (see below)        |
-|        | N        | varint             | tokens                                                             |
-|        | D        | varint             | values per token                                                   |
-|        | K        | varint             | tokens per chunk; the last chunk holds what is left                |
-|        | sections | varint per chunk   | bytes of the chunk's sizes (only if sizes are sent)                |
-|        | check    | 4                  | CRC32 of the header up to here                                     |
-| chunk  | sizes    | varint per token   | patches the token stands for, at least 1 (only if sizes are sent)  |
-|        | steps    | 2 per token        | float16 quantisation step (int8 and int4 only)                     |
-|        | values   | ceil(D bits / 8)   | per token                                                          |
-|        |          | per token          |                                                                    |
-|        | check    | 4                  | CRC32 of the chunk up to here, started from the chunk's index      |
+| part   | field    | bytes                  | content                                                     |
+|--------|----------|------------------------|-------------------------------------------------------------|
+| header | magic    | 2                      | ``TM``                                                      |
+|        | version  | 1                      | 1                                                           |
+|        | flags    | 1                      | bit 0: sizes are sent; bits 1-7: precision code             |
+|        | N, D, K  | varint each            | tokens; values per token; tokens per chunk                  |
+|        | sections | varint per chunk       | bytes of the chunk's sizes (only if sizes are sent)         |
+|        | check    | 4                      | CRC32 of the header up to here                              |
+| chunk  | sizes    | varint per token       | patches it stands for, at least 1 (only if sizes are sent)  |
+|        | steps    | 2 per token            | float16 quantisation step (int8 and int4 only)              |
+|        | values   | D bits / 8, rounded up | per token                                                   |
+|        | check    | 4                      | CRC32 of the chunk up to here, started from its index       |
 
-There are ceil(N / K) chunks. Codes: 0 float32, 1 float16, 2 bfloat16, 3 int8 (value = step * q, q in -127..127),
-4 int4 (value = step * (q - 8), q in 1..15, two in a byte, low half first; an odd D leaves the last half 0).
-Numbers are little-endian, varints unsigned LEB128 of at most 9 bytes (63 bits).
+ceil(N / K) chunks follow the header; the last holds what is left. Codes: 0 float32, 1 float16, 2 bfloat16,
+3 int8 (value = step * q, q in -127..127), 4 int4 (value = step * (q - 8), q in 1..15, two in a byte, low half
+first; an odd D leaves the last half 0). All little-endian; varints are unsigned LEB128 of at most 63 bits.
 
-*Damage.* Every chunk's place follows from the header alone, so damage costs the tokens of the chunks it touches,
-and a cut-off payload gives the chunks that are whole. A damaged header costs the payload. CRC32 notices every
-burst of up to 32 bits and misses other damage once in 2^32; the index it starts from tells chunks that changed
-places. A chunk holding what `encode` never writes (size 0, a value that is not finite) counts as damaged.
+*Damage.* The header alone says where each chunk lies: damage costs the tokens of the chunks it touches, and a
+cut-off payload still gives its whole chunks. A damaged header costs the payload. CRC32 notices every burst of
+up to 32 bits and misses other damage once in 2^32; started from the index, it notices swapped chunks as well.
+A chunk that `encode` cannot have written (a size of 0, a NaN) counts as damaged.
 
-*Memory.* Decoding takes memory in proportion to the payload. Only a cut-off payload can announce more than it
-holds: its missing tokens come back as zeros, so N x D may then be at most the ``max_values`` of `decode`.
+*Memory.* Decoding takes memory in proportion to the payload. Only a cut-off payload announces more than it
+holds; since its missing tokens come back as zeros, N x D may then be at most the ``max_values`` of `decode`.
 """
 
 import zlib
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 MAGIC = b"TM"
 VERSION = 1
 CHUNK_TOKENS = 16
-_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
+# Bits per value; the precision codes count them in this order.
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+PRECISIONS = tuple(_BITS)
+# Largest q.
 _LEVELS = {"int8": 127, "int4": 7}
-_CRC_BYTES, _STEP_BYTES, _VARINT_BYTES = 4, 2, 9
-PRECISIONS = tuple(_CODES)
 
 
 class WireError(ValueError):
@@ -65,12 +61,9 @@ class Payload(NamedTuple):
 
 
 def payload_bytes(
-    lengths: Tensor,
-    embed_dim: int,
-    precision: str = "float16",
-    sizes: Tensor | None = None,
+    lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Exact length of what `encode` gives for each image, without encoding.
 
     Args:
@@ -84,15 +77,16 @@ def payload_bytes(
         (B,) int64 bytes, on the device of ``lengths``.
 
     Raises:
-        ValueError: unknown precision, or T is not the sum of the lengths.
+        ValueError: unknown precision, bad chunk length, or T is not the sum of the lengths.
 
     >>> payload_bytes(torch.tensor([197, 0]), 64)
     tensor([25280,    11])
     """
+    _check(precision, chunk_tokens)
     lengths = lengths.long()
     chunks = -(-lengths // chunk_tokens)
-    fixed = len(MAGIC) + 2 + len(_varint(embed_dim)) + len(_varint(chunk_tokens)) + _CRC_BYTES
-    total = fixed + _varint_bytes(lengths) + lengths * _token_bytes(embed_dim, precision) + chunks * _CRC_BYTES
+    header = len(MAGIC) + 2 + _varint_bytes(lengths) + len(_varints([embed_dim, chunk_tokens])) + 4
+    total = header + lengths * _token_bytes(embed_dim, precision) + chunks * 4
     if sizes is None:
         return total
     images = torch.arange(len(lengths), device=lengths.device)
@@ -111,12 +105,11 @@ def encode(
     """One image's tokens as bytes.
 
     Args:
-        tokens: (N, D) finite floats. Beyond the range of the precision they saturate: float16 at 65504,
-            int8 at 127 and int4 at 7 times that.
+        tokens: (N, D) finite floats. They saturate at the largest finite value of a 16-bit precision, and
+            at 65504 times the largest q of int8 and int4.
         sizes: (N,) whole numbers, at least 1; None to leave them out.
         precision: one of `PRECISIONS`.
-        chunk_tokens: tokens lost together when one of their bytes is damaged; each chunk costs 4 bytes, and
-            1 or 2 more with sizes.
+        chunk_tokens: tokens that are lost together. A chunk costs 4 bytes, with sizes at least 5.
 
     Raises:
         ValueError: wrong shape, a value that is not finite, a bad size, precision or chunk length.
@@ -125,25 +118,27 @@ def encode(
     >>> len(payload), decode(payload).sizes
     (27, tensor([  1, 300]))
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    _check(precision, chunk_tokens)
     if tokens.ndim != 2 or (len(tokens) and not tokens.shape[1]):
         raise ValueError(f"tokens must be (N, D), got shape {tuple(tokens.shape)}")
-    if not 1 <= chunk_tokens < 2**63:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     n, dim = tokens.shape
-    values = tokens.detach().to("cpu", torch.float32)
-    bad = (~values.isfinite()).any(1)
-    if bad.any():
-        raise ValueError(f"token {int(bad.nonzero()[0])} holds a value that is not finite")
-    counts = [] if sizes is None else _whole_sizes(sizes, n)
+    values = tokens.detach().to("cpu", torch.float32).contiguous()
+    if len(bad := (~values.isfinite()).any(1).nonzero()):
+        raise ValueError(f"token {bad[0].item()} holds a value that is not finite")
+    counts: list[int] = []
+    if sizes is not None:
+        whole = sizes.long()
+        if sizes.shape != (n,):
+            raise ValueError(f"sizes of shape {tuple(sizes.shape)} for {n} tokens")
+        if len(bad := ((whole < 1) | (whole != sizes)).nonzero()):
+            raise ValueError(f"the size of token {bad[0].item()} is not a whole number of at least 1")
+        counts = whole.tolist()
 
     starts = range(0, n, chunk_tokens)
     sections = [_varints(counts[i : i + chunk_tokens]) for i in starts]
-    header = MAGIC + bytes([VERSION, (sizes is not None) | _CODES[precision] << 1])
+    header = MAGIC + bytes([VERSION, (sizes is not None) | PRECISIONS.index(precision) << 1])
     header += _varints([n, dim, chunk_tokens])
-    if sizes is not None:
-        header += _varints([len(section) for section in sections])
+    header += _varints([len(section) for section in sections]) if sizes is not None else b""
     parts = [header, _crc(header)]
     for index, start in enumerate(starts):
         body = sections[index] + _pack(values[start : start + chunk_tokens], precision)
@@ -156,7 +151,7 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
 
     Args:
         payload: what `encode` gave, possibly damaged or cut off.
-        max_values: largest N x D of a cut-off payload (4 bytes of memory each).
+        max_values: largest N x D of a cut-off payload (a value takes 4 bytes of memory).
 
     Raises:
         WireError: damaged header, bytes beyond the end, or more than ``max_values`` announced but not there.
@@ -166,10 +161,9 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
     >>> decode(bytes(payload)).received
     tensor([ True,  True, False])
     """
-    header = _read_header(payload)
-    n, dim, step, sections = header.n, header.dim, header.chunk_tokens, header.sections
-    chunks, token_bytes = -(-n // step), _token_bytes(dim, header.precision)
-    total = header.end + n * token_bytes + chunks * _CRC_BYTES + sum(sections or ())
+    n, dim, chunk_tokens, precision, sections, at = _read_header(payload)
+    chunks, token_bytes = -(-n // chunk_tokens), _token_bytes(dim, precision)
+    total = at + n * token_bytes + chunks * 4 + sum(sections or ())
     if len(payload) > total:
         raise WireError(f"{len(payload) - total} bytes beyond the end of the payload")
     if len(payload) < total and n * dim > max_values:
@@ -177,19 +171,21 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
 
     tokens, received = torch.zeros(n, dim), torch.zeros(n, dtype=torch.bool)
     sizes = None if sections is None else torch.zeros(n, dtype=torch.int64)
-    at = header.end
     for index in range(chunks):
-        first, last = index * step, min(n, (index + 1) * step)
+        first, last = index * chunk_tokens, min(n, (index + 1) * chunk_tokens)
         section = 0 if sections is None else sections[index]
         end = at + section + (last - first) * token_bytes
-        if end + _CRC_BYTES > len(payload):
+        if end + 4 > len(payload):
             break
-        body, at = payload[at:end], end + _CRC_BYTES
+        body, at = payload[at:end], end + 4
         if payload[end:at] != _crc(body, index):
             continue
-        values = _unpack(body[section:], last - first, dim, header.precision)
-        counts = _read_sizes(body[:section], last - first) if sizes is not None else []
-        if counts is None or not values.isfinite().all():
+        values = _unpack(body[section:], last - first, dim, precision)
+        try:
+            counts, used = _read_varints(body[:section], 0, 0 if sizes is None else last - first)
+        except WireError:
+            continue
+        if used != section or 0 in counts or not values.isfinite().all():
             continue
         tokens[first:last], received[first:last] = values, True
         if sizes is not None:
@@ -197,126 +193,92 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
     return Payload(tokens, sizes, received)
 
 
-class _Header(NamedTuple):
-    n: int
-    dim: int
-    chunk_tokens: int
-    precision: str
-    sections: list[int] | None
-    end: int
-
-
-def _read_header(payload: bytes) -> _Header:
-    if payload[:2] != MAGIC or len(payload) < 4:
-        raise WireError("not a token payload: it does not begin with TM")
-    if payload[2] != VERSION:
-        raise WireError(f"payload version {payload[2]}: only version {VERSION} can be read")
-    flags = payload[3]
+def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, int]:
+    """N, D, K, precision, sections (None: no sizes) and the header's end."""
+    if len(payload) < 4 or payload[:3] != MAGIC + bytes([VERSION]):
+        raise WireError(f"not a token payload of version {VERSION}")
     (n, dim, chunk_tokens), at = _read_varints(payload, 4, 3)
-    if (n and not dim) or not chunk_tokens:
-        raise WireError("damaged header: tokens without values, or chunks without tokens")
-    sections = None
-    if flags & 1:
+    code, sections = payload[3] >> 1, None
+    if (n and not dim) or not chunk_tokens or code >= len(PRECISIONS):
+        raise WireError("damaged header: a field has a value it cannot have")
+    if payload[3] & 1:
         sections, at = _read_varints(payload, at, -(-n // chunk_tokens))
-    end = at + _CRC_BYTES
-    if payload[at:end] != _crc(payload[:at]):
+    if payload[at : at + 4] != _crc(payload[:at]):
         raise WireError("damaged header: its checksum does not fit")
-    if flags >> 1 >= len(PRECISIONS):
-        raise WireError(f"unknown precision code {flags >> 1}")
-    return _Header(n, dim, chunk_tokens, PRECISIONS[flags >> 1], sections, end)
+    return n, dim, chunk_tokens, PRECISIONS[code], sections, at + 4
 
 
 def _read_varints(data: bytes, at: int, count: int) -> tuple[list[int], int]:
-    """``count`` varints from position ``at`` on, and the position after them."""
+    """``count`` numbers from position ``at`` on, and the position after them."""
     values: list[int] = []
+    value = shift = 0
     while len(values) < count:
-        value = 0
-        for place in range(_VARINT_BYTES + 1):
-            if place == _VARINT_BYTES or at + place >= len(data):
-                raise WireError("cut off, or a number of more than 63 bits")
-            byte = data[at + place]
-            value |= (byte & 0x7F) << 7 * place
-            if byte < 0x80:
-                break
-        values.append(value)
-        at += place + 1
+        if at >= len(data) or shift > 56:
+            raise WireError("cut off, or a number of more than 63 bits")
+        value |= (data[at] & 0x7F) << shift
+        shift += 7
+        if data[at] < 0x80:
+            values.append(value)
+            value = shift = 0
+        at += 1
     return values, at
 
 
-def _read_sizes(section: bytes, count: int) -> list[int] | None:
-    try:
-        sizes, end = _read_varints(section, 0, count)
-    except WireError:
-        return None
-    return sizes if end == len(section) and min(sizes) >= 1 else None
-
-
-def _whole_sizes(sizes: Tensor, n: int) -> list[int]:
-    if sizes.shape != (n,):
-        raise ValueError(f"sizes of shape {tuple(sizes.shape)} for {n} tokens")
-    whole = sizes.long()
-    bad = (whole < 1) | (whole != sizes)
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"sizes[{index}] is {sizes[index].item()}, not a whole number of at least 1")
-    return whole.tolist()
-
-
-def _token_bytes(dim: int, precision: str) -> int:
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return -(-dim * _BITS[precision] // 8) + (_STEP_BYTES if precision in _LEVELS else 0)
-
-
 def _varints(values: list[int]) -> bytes:
-    return b"".join(map(_varint, values))
-
-
-def _varint(value: int) -> bytes:
     out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
+    for value in values:
+        while value >= 0x80:
+            out.append(value & 0x7F | 0x80)
+            value >>= 7
+        out.append(value)
     return bytes(out)
 
 
 def _varint_bytes(values: Tensor) -> Tensor:
     limits = torch.tensor([1 << bits for bits in range(7, 63, 7)], device=values.device)
-    return 1 + torch.bucketize(values, limits, right=True)
+    return 1 + (values[:, None] >= limits).sum(1)
+
+
+def _check(precision: str, chunk_tokens: int) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if not 1 <= chunk_tokens < 2**63:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+
+
+def _token_bytes(dim: int, precision: str) -> int:
+    return -(-dim * _BITS[precision] // 8) + (2 if precision in _LEVELS else 0)
 
 
 def _crc(data: bytes, start: int = 0) -> bytes:
-    return zlib.crc32(data, start).to_bytes(_CRC_BYTES, "little")
+    return zlib.crc32(data, start).to_bytes(4, "little")
 
 
 def _pack(values: Tensor, precision: str) -> bytes:
-    """Steps and values of one chunk's tokens (n, D) float32, n and D at least 1."""
+    """Steps and values of a chunk (n, D) float32; n and D are at least 1."""
     if precision not in _LEVELS:
-        dtype, bits = getattr(torch, precision), _BITS[precision]
-        largest = torch.finfo(dtype).max
-        raw = values.clamp(-largest, largest).to(dtype).view(getattr(torch, f"int{bits}"))
-        return raw.numpy().astype(f"<i{bits // 8}").tobytes()
-    levels, x = _LEVELS[precision], values.numpy()
-    exact = np.minimum(np.abs(x).max(1, keepdims=True) / levels, np.finfo(np.float16).max)
-    step = exact.astype("<f2")
-    # Rounded up: a step rounded down, above all among float16's subnormals, would clip the largest values.
-    step = np.where(step < exact, np.nextafter(step, np.float16(np.inf)), step).astype("<f2")
-    q = np.rint(x / np.where(step > 0, step, np.float16(1))).clip(-levels, levels).astype(np.int8)
+        dtype: torch.dtype = getattr(torch, precision)
+        top = torch.finfo(dtype).max
+        return values.clamp(-top, top).to(dtype).view(torch.uint8).numpy().tobytes()
+    levels = _LEVELS[precision]
+    exact = (values.abs().amax(1, keepdim=True) / levels).clamp(max=torch.finfo(torch.float16).max)
+    step = exact.half()
+    # Rounded up, to the next bit pattern: a step rounded down clips, badly so among float16's subnormals.
+    step = torch.where(step < exact, (step.view(torch.int16) + 1).view(torch.float16), step)
+    q = (values / torch.where(step > 0, step.float(), 1.0)).round().clamp(-levels, levels).to(torch.int8)
     if precision == "int4":
-        halves = np.pad((q + 8).astype(np.uint8), ((0, 0), (0, q.shape[1] % 2)))
-        return step.tobytes() + (halves[:, 0::2] | halves[:, 1::2] << 4).tobytes()
-    return step.tobytes() + q.tobytes()
+        halves = torch.nn.functional.pad((q + 8).to(torch.uint8), (0, q.shape[1] % 2))
+        q = halves[:, 0::2] | halves[:, 1::2] << 4
+    return step.numpy().tobytes() + q.numpy().tobytes()
 
 
 def _unpack(data: bytes, n: int, dim: int, precision: str) -> Tensor:
+    raw = bytearray(data)
     if precision not in _LEVELS:
-        size = _BITS[precision] // 8
-        raw = np.frombuffer(data, f"<i{size}").astype(f"=i{size}").reshape(n, dim)
-        return torch.from_numpy(raw).view(getattr(torch, precision)).float()
-    step = np.frombuffer(data[: n * _STEP_BYTES], "<f2").astype(np.float32)[:, None]
-    q = np.frombuffer(data[n * _STEP_BYTES :], np.int8).reshape(n, -1)
+        return torch.frombuffer(raw, dtype=getattr(torch, precision)).view(n, dim).float()
+    step = torch.frombuffer(raw, dtype=torch.float16, count=n).float()[:, None]
+    q = torch.frombuffer(raw, dtype=torch.int8, offset=2 * n).view(n, -1)
     if precision == "int4":
-        halves = q.view(np.uint8)
-        q = np.stack([halves & 15, halves >> 4], axis=2).reshape(n, -1)[:, :dim].astype(np.int8) - 8
-    return torch.from_numpy(q * step)
+        halves = q.view(torch.uint8)
+        q = torch.stack([halves & 15, halves >> 4], dim=2).flatten(1)[:, :dim].to(torch.int8) - 8
+    return q * step

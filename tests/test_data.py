@@ -1,0 +1,124 @@
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import hub_folder
+from PIL import Image
+from tokmerge import data, fashion
+from tokmerge.data import DataError
+from torchvision.transforms.functional import to_tensor
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """ImageNet's val layout with three classes."""
+    rng = np.random.default_rng(2)
+    for synset, n in (("n02084071", 3), ("n01440764", 2), ("n03445777", 1)):
+        (tmp_path / synset).mkdir()
+        for i in range(n):
+            photo = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+            photo.convert("L" if i == 1 else "RGB").save(tmp_path / synset / f"ILSVRC2012_val_{i:08d}.JPEG")
+    return tmp_path
+
+
+def test_image_folder(folder):
+    images = data.load("imagefolder", "val", path=folder)
+    assert images.classes == ("n01440764", "n02084071", "n03445777")
+    examples = list(images.examples())
+    assert [e.label for e in examples] == images.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert examples[0].id == "n01440764/ILSVRC2012_val_00000000.JPEG"
+    assert {e.image.mode for e in examples} == {"RGB"}
+    assert [e.id for e in images.examples(4)] == images.ids[4:]
+
+
+def test_image_folder_errors_are_named(folder):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        data.image_folder(folder / "nowhere")
+    with pytest.raises(DataError, match="one folder of images per class"):
+        data.image_folder(folder / "n01440764")
+    (folder / "n09999999").mkdir()
+    with pytest.raises(DataError, match="n09999999"):
+        data.image_folder(folder)
+    (folder / "n09999999" / "bad.JPEG").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"bad\.JPEG cannot be read"):
+        list(data.image_folder(folder).examples())
+    with pytest.raises(DataError, match="needs a path"):
+        data.load("imagefolder", "val")
+
+
+def test_hub_stream_resumes_where_it_stopped(tmp_path):
+    photos = hub_folder(tmp_path / "imagenet", {"validation": 7}, size=(30, 50), classes=4)["validation"]
+    images = data.load("imagenet-1k", "validation", path=tmp_path / "imagenet")
+    assert images.classes == ("class 0", "class 1", "class 2", "class 3")
+    examples = list(images.examples())
+    assert [e.label for e in examples] == images.labels.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert [e.id for e in examples] == list(images.ids)
+    for example, photo in zip(examples, photos, strict=True):
+        assert example.image.tobytes() == photo.convert("RGB").tobytes()
+    later = list(images.examples(5))
+    assert [(e.id, e.image.tobytes()) for e in later] == [(e.id, e.image.tobytes()) for e in examples[5:]]
+
+
+def test_hub_errors_say_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"HF_TOKEN"):
+        data.imagenet_hub("validation", str(tmp_path / "nothing"))
+    hub_folder(tmp_path / "imagenet", {"validation": 2})
+    with pytest.raises(DataError, match=r"split 'train'"):
+        data.imagenet_hub("train", str(tmp_path / "imagenet"))
+    datasets.Dataset.from_dict({"photo": [1]}).to_parquet(tmp_path / "other" / "train.parquet")
+    with pytest.raises(DataError, match=r"columns image and label.*photo"):
+        data.imagenet_hub("train", str(tmp_path / "other"))
+
+
+def test_unknown_names_are_listed():
+    with pytest.raises(DataError, match="unknown data set 'mnist': use one of sample, fashion-mnist"):
+        data.load("mnist")
+    with pytest.raises(DataError, match="'val': use 'train' or 'test'"):
+        data.load("sample", "val")
+    with pytest.raises(DataError, match="'val': use 'train' or 'test'"):
+        data.load("fashion-mnist", "val")
+
+
+@pytest.mark.parametrize("n", [1, 10, 33, 99])
+def test_search_split_is_stratified_and_disjoint(n):
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    search, rest = data.search_split(labels, n, seed=4)
+    assert sorted([*search, *rest]) == list(range(100))
+    assert len(search) == n
+    for label, share in enumerate((0.5, 0.3, 0.2)):
+        assert abs((labels[search] == label).sum() - share * n) < 1
+    again, _ = data.search_split(torch.tensor(labels), n, seed=4)
+    assert (search == again).all()
+    if n == 33:
+        assert list(search) != list(data.search_split(labels, n, seed=5)[0])
+
+
+@pytest.mark.parametrize("n", [0, 4, -1])
+def test_search_split_of_an_impossible_size(n):
+    with pytest.raises(ValueError, match=f"search split of {n} cannot be cut off 4"):
+        data.search_split([0, 1, 0, 1], n, seed=0)
+
+
+def test_subset_keeps_order_and_resumes():
+    images = fashion.sample("test")
+    part = data.subset(images, [9, 2, 5, 200])
+    assert list(part.ids) == [images.ids[i] for i in (2, 5, 9, 200)]
+    assert part.labels.tolist() == images.labels[[2, 5, 9, 200]].tolist()
+    assert [e.id for e in part.examples()] == list(part.ids)
+    assert [e.id for e in part.examples(2)] == list(part.ids)[2:]
+    assert list(part.examples(4)) == []
+    nested = data.subset(part, [1, 3])
+    assert [e.id for e in nested.examples()] == [images.ids[5], images.ids[200]]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_batches_equal_stacking_by_hand(start):
+    images = data.subset(fashion.sample("test"), range(10))
+    examples = list(images.examples())[start:]
+    got = list(data.batches(images, to_tensor, 4, start))
+    assert [len(b.ids) for b in got] == ([4, 4, 2] if start == 0 else [4, 3])
+    whole = torch.stack([to_tensor(e.image) for e in examples])
+    assert torch.equal(torch.cat([b.images for b in got]), whole)
+    assert torch.cat([b.labels for b in got]).tolist() == [e.label for e in examples]
+    if start == 0:
+        assert torch.equal(data.tensors(images, to_tensor).images, whole)

@@ -1,0 +1,65 @@
+import pandas as pd
+import pytest
+import tokmerge
+import torch
+from scipy import stats
+from tokmerge import evaluate
+from tokmerge.data import Batch
+
+
+@pytest.fixture
+def batch(images):
+    return Batch([f"i{i}" for i in range(5)], images, torch.tensor([0, 1, 2, 3, 4]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+def test_run_equals_the_model_called_once(model, batch, size):
+    merged = tokmerge.patch(model, tokmerge.Threshold(0.8))
+    logits, record = merged(batch.images)
+    outcome = evaluate.run(merged, evaluate.split_batch(batch, size))
+    assert outcome.ids == batch.ids
+    torch.testing.assert_close(outcome.logits, logits, atol=1e-5, rtol=0)
+    assert torch.equal(outcome.tokens, record.tokens)
+    assert torch.equal(outcome.macs, record.macs)
+    assert torch.equal(outcome.payload_bytes, record.payload_bytes)
+    assert torch.equal(outcome.labels, batch.labels)
+
+
+def test_frame_and_summary_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    outcome = evaluate.Outcome(
+        ["a", "b", "c"],
+        torch.tensor([0, 1, 1]),
+        logits,
+        torch.tensor([[5, 3], [5, 1], [5, 2]]),
+        torch.tensor([10, 20, 60]),
+        torch.tensor([1, 2, 3]),
+    )
+    frame = outcome.frame()
+    assert frame.prediction.tolist() == [0, 1, 0]
+    assert frame.tokens.tolist() == [3, 1, 2]
+    assert frame.confidence[0] == pytest.approx(1 / (1 + 2.718281828**-2))
+    assert frame.loss[2] == pytest.approx(3.0485873)
+    summary = outcome.summary()
+    assert summary["top1"] == pytest.approx(2 / 3)
+    assert summary["macs"] == 30
+    assert summary["tokens"] == 2
+    assert summary["n_images"] == 3
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (9123, 10000)])
+def test_wilson_interval_equals_scipys(hits, n):
+    expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert evaluate.wilson_interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-7)
+
+
+def test_functions_take_turns():
+    calls = []
+    seconds = evaluate.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert calls == ["a", "b"] * 4
+    assert seconds.shape == (3, 2)
+
+
+def test_median_ratio_is_taken_round_by_round():
+    seconds = pd.DataFrame({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 1.0]})
+    assert evaluate.median_ratio(seconds, "a", "b") == 3.0

@@ -1,0 +1,174 @@
+import gzip
+import hashlib
+import os
+
+import numpy as np
+import pytest
+from conftest import hub_folder
+from tokmerge import fashion
+from tokmerge.data import DataError
+
+
+@pytest.fixture
+def idx_files(monkeypatch):
+    """The four idx files in small: 30 + 20 photos of 28x28; their checksums stand in for the real ones."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for stem, n in (("train", 30), ("t10k", 20)):
+        photos, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), (np.arange(n) % 10).astype(np.uint8)
+        count = n.to_bytes(4, "big")
+        side = (28).to_bytes(4, "big")
+        files[f"{stem}-images-idx3-ubyte"] = b"\0\0\x08\x03" + count + side * 2 + photos.tobytes()
+        files[f"{stem}-labels-idx1-ubyte"] = b"\0\0\x08\x01" + count + labels.tobytes()
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert list(checksums) == list(fashion.SHA256)
+    monkeypatch.setattr(fashion, "SHA256", checksums)
+    return files
+
+
+def write(folder, files, packed=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+        else:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_fashion_mnist_reads_idx_files(tmp_path, idx_files, packed):
+    images = fashion.fashion_mnist("test", write(tmp_path, idx_files, packed))
+    content = idx_files["t10k-images-idx3-ubyte"][16:]
+    assert (images.name, len(images), len(images.classes)) == ("Fashion-MNIST", 20, 10)
+    for i, example in enumerate(images.examples()):
+        assert example.id == images.ids[i] == f"test-{i:05d}"
+        assert example.image.mode == "L"
+        assert example.image.tobytes() == content[784 * i : 784 * (i + 1)]
+        assert example.label == images.labels[i] == i % 10
+    assert [e.id for e in images.examples(17)] == ["test-00017", "test-00018", "test-00019"]
+
+
+def test_damaged_files_are_named(tmp_path, idx_files):
+    name = "train-labels-idx1-ubyte"
+    folder = write(tmp_path, idx_files)
+    whole = (folder / f"{name}.gz").read_bytes()
+    (folder / f"{name}.gz").write_bytes(whole[:-12])
+    with pytest.raises(DataError, match=rf"{name}\.gz is truncated or damaged.*delete it"):
+        fashion.fashion_mnist("test", folder)
+    changed = bytearray(idx_files[name])
+    changed[-1] ^= 1
+    (folder / f"{name}.gz").write_bytes(gzip.compress(bytes(changed)))
+    with pytest.raises(DataError, match=rf"{name}\.gz is not Fashion-MNIST's.*sha256"):
+        fashion.fashion_mnist("test", folder)
+    (folder / f"{name}.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match=rf"{name}\.gz is truncated or damaged"):
+        fashion.fashion_mnist("test", folder)
+
+
+def test_a_given_path_is_the_only_place(tmp_path, idx_files, monkeypatch):
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", write(tmp_path / "debian", idx_files))
+    with pytest.raises(DataError, match="does not hold the four Fashion-MNIST idx files"):
+        fashion.fashion_mnist("test", tmp_path / "elsewhere")
+
+
+def test_places_are_tried_in_order(tmp_path, idx_files, monkeypatch):
+    calls = []
+
+    def fetch(kind, succeed):
+        def fake(folder):
+            calls.append(kind)
+            if not succeed:
+                raise DataError(f"{kind} said no")
+            write(folder, idx_files)
+
+        return fake
+
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(fashion, "fetch_debian", fetch("debian", False))
+    monkeypatch.setattr(fashion, "fetch_hub", fetch("hub", False))
+    with pytest.raises(DataError) as caught:
+        fashion.fashion_mnist("test", data_dir=tmp_path)
+    for part in (str(tmp_path / "none"), "debian said no", "hub said no", "Install Debian's package"):
+        assert part in str(caught.value)
+    monkeypatch.setattr(fashion, "fetch_hub", fetch("hub", True))
+    assert len(fashion.fashion_mnist("test", data_dir=tmp_path)) == 20
+    assert calls == ["debian", "hub"] * 2
+    assert len(fashion.fashion_mnist("train", data_dir=tmp_path)) == 30
+    assert len(calls) == 4, "the fetched copy is used again"
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", write(tmp_path / "debian", idx_files))
+    (tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    assert len(fashion.fashion_mnist("test", data_dir=tmp_path)) == 20, "the installed copy comes first"
+
+
+def fake_tools(folder, monkeypatch, apt, dpkg):
+    """Executables that stand in for apt-get and dpkg-deb."""
+    folder.mkdir()
+    for name, script in (("apt-get", apt), ("dpkg-deb", dpkg)):
+        (folder / name).write_text("#!/bin/sh\n" + script)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_fetch_debian_unpacks_the_package(tmp_path, idx_files, monkeypatch):
+    served = write(tmp_path / "served", idx_files)
+    apt = 'case "$*" in *download*) touch dataset-fashion-mnist_1_all.deb;; esac\n'
+    unpack = f'mkdir -p "$3/usr/share/datasets" && cp -r {served} "$3/usr/share/datasets/fashion-mnist"\n'
+    fake_tools(tmp_path / "bin", monkeypatch, apt, unpack)
+    fashion.fetch_debian(tmp_path / "data" / "fashion-mnist")
+    assert sorted(p.name for p in (tmp_path / "data" / "fashion-mnist").iterdir()) == sorted(
+        f"{n}.gz" for n in idx_files
+    )
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["fashion-mnist"]
+
+
+@pytest.mark.parametrize(
+    ("apt", "message"),
+    [
+        ("echo 'E: Unable to locate package' >&2; exit 100\n", "apt-get failed: E: Unable to locate package"),
+        ("exit 0\n", "downloaded no dataset-fashion-mnist"),
+    ],
+)
+def test_a_failed_fetch_leaves_nothing_behind(tmp_path, monkeypatch, apt, message):
+    fake_tools(tmp_path / "bin", monkeypatch, apt, "exit 0\n")
+    with pytest.raises(DataError, match=message):
+        fashion.fetch_debian(tmp_path / "data" / "fashion-mnist")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_damaged_package_is_not_kept(tmp_path, idx_files, monkeypatch):
+    served = write(tmp_path / "served", {name: content[:-1] for name, content in idx_files.items()})
+    apt = 'case "$*" in *download*) touch dataset-fashion-mnist_1_all.deb;; esac\n'
+    unpack = f'mkdir -p "$3/usr/share/datasets" && cp -r {served} "$3/usr/share/datasets/fashion-mnist"\n'
+    fake_tools(tmp_path / "bin", monkeypatch, apt, unpack)
+    with pytest.raises(DataError, match="sha256"):
+        fashion.fetch_debian(tmp_path / "data" / "fashion-mnist")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_fetch_hub_rebuilds_the_idx_files(tmp_path, idx_files, monkeypatch):
+    photos = hub_folder(tmp_path / "hub", {"train": 12, "test": 6})
+    expected = {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        n = len(photos[split])
+        header = n.to_bytes(4, "big")
+        expected[f"{stem}-images-idx3-ubyte"] = (
+            b"\0\0\x08\x03" + header + b"\0\0\0\x1c" * 2 + b"".join(photo.tobytes() for photo in photos[split])
+        )
+        expected[f"{stem}-labels-idx1-ubyte"] = b"\0\0\x08\x01" + header + bytes(i % 10 for i in range(n))
+    checksums = {name: hashlib.sha256(expected[name]).hexdigest() for name in fashion.SHA256}
+    monkeypatch.setattr(fashion, "SHA256", checksums)
+    fashion.fetch_hub(tmp_path / "data" / "fashion-mnist", name=str(tmp_path / "hub"))
+    assert len(fashion.fashion_mnist("train", tmp_path / "data" / "fashion-mnist")) == 12
+    monkeypatch.setattr(fashion, "SHA256", dict.fromkeys(checksums, "0"))
+    with pytest.raises(DataError, match="sha256"):
+        fashion.fetch_hub(tmp_path / "other" / "fashion-mnist", name=str(tmp_path / "hub"))
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_sample_halves_are_disjoint_photos():
+    train, test = fashion.sample("train"), fashion.sample("test")
+    assert len(train) == len(test) == 256
+    assert not set(train.ids) & set(test.ids)
+    assert {e.image.size for e in test.examples()} == {(28, 28)}
+    assert np.bincount(np.concatenate([train.labels, test.labels])).min() >= 50

@@ -1,0 +1,190 @@
+import copy
+
+import pytest
+import reference
+import timm
+import tokmerge
+import torch
+from conftest import build
+from tokmerge import policies, wire
+
+
+def spread_thresholds(model, images, share=0.4):
+    """Thresholds that merge about a share of every layer's set A."""
+    observer = policies.Observe()
+    tokmerge.patch(model, observer)(images)
+    return observer.calibration().thresholds([share] * len(model.blocks))
+
+
+def check_against_reference(model, images, policy, choose):
+    logits, record = tokmerge.patch(model, policy)(images, source=True)
+    for i, image in enumerate(images):
+        expected, counts, sizes, groups = reference.run(model, image, choose)
+        assert record.tokens[i].tolist() == counts
+        torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=1e-4)
+        found = [set() for _ in sizes]
+        for original, token in enumerate(record.source[i].tolist()):
+            found[token].add(original)
+        assert found == groups
+
+
+def test_no_policy_is_the_unpatched_model(any_model, images):
+    logits, record = tokmerge.patch(any_model, None)(images)
+    torch.testing.assert_close(logits, any_model(images), atol=1e-5, rtol=0)
+    n = any_model.patch_embed.num_patches + any_model.num_prefix_tokens
+    assert (record.tokens == n).all()
+
+
+@pytest.mark.parametrize("off", [1.0, 1.5, float("inf")])
+def test_threshold_of_one_or_more_switches_merging_off_exactly(model, images, off):
+    # Equal tokens have a cosine of 1 up to rounding: they must stay apart all the same.
+    images = torch.zeros_like(images)
+    logits, record = tokmerge.patch(model, tokmerge.Threshold(off))(images)
+    assert (record.tokens == 65).all()
+    torch.testing.assert_close(logits, model(images), atol=1e-5, rtol=0)
+
+
+def test_threshold_equals_the_plain_implementation(any_model, images):
+    thresholds = spread_thresholds(any_model, images)
+    check_against_reference(any_model, images, tokmerge.Threshold(thresholds), reference.threshold_choice(thresholds))
+
+
+def test_fixed_r_equals_the_plain_implementation(any_model, images):
+    r = [9, 0, 6, 40]
+    check_against_reference(any_model, images, tokmerge.TopR(r), reference.top_r_choice(r))
+
+
+def test_gated_attention_and_odd_token_counts(model, images):
+    for block in model.blocks:
+        block.attn = timm.layers.attention.Attention(48, num_heads=3, qkv_bias=True, gated=True).requires_grad_(False)
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
+    check_against_reference(model, images, tokmerge.TopR(5), reference.top_r_choice([5] * 4))
+
+
+def test_everything_merges_down_to_the_protected_tokens_and_one(images):
+    model = build(depth=8)
+    _, record = tokmerge.patch(model, tokmerge.Threshold(-1.0))(images)
+    assert record.tokens[0].tolist() == [65, 33, 17, 9, 5, 3, 2, 2, 2]
+    check_against_reference(model, images, tokmerge.TopR(100), reference.top_r_choice([100] * 8))
+
+
+def test_a_batch_equals_its_images_alone(any_model, images):
+    merged = tokmerge.patch(any_model, tokmerge.Threshold(spread_thresholds(any_model, images)))
+    logits, record = merged(images)
+    assert len(set(record.tokens[:, -1].tolist())) > 1, "images must end with different token counts"
+    for i in range(len(images)):
+        alone, own = merged(images[i : i + 1])
+        torch.testing.assert_close(alone[0], logits[i], atol=1e-5, rtol=0)
+        assert own.tokens[0].tolist() == record.tokens[i].tolist()
+        assert own.macs[0] == record.macs[i]
+        assert own.payload_bytes[0] == record.payload_bytes[i]
+
+
+def test_patching_leaves_the_model_alone(model, images):
+    before, kind = copy.deepcopy(model.state_dict()), type(model)
+    merged = tokmerge.patch(model, tokmerge.TopR(5))
+    merged(images)
+    assert tokmerge.unpatch(merged) is model
+    assert type(model) is kind
+    assert merged.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "forward" not in vars(model)
+    assert merged.load_state_dict(before).missing_keys == []
+
+
+def test_patching_again_replaces_the_policy(model, images):
+    twice = tokmerge.patch(tokmerge.patch(model, tokmerge.TopR(5)), tokmerge.TopR(2))
+    assert tokmerge.unpatch(twice) is model
+    assert twice(images)[1].tokens[0].tolist() == [65, 63, 61, 59, 57]
+
+
+def test_features_and_unmerge_restore_the_grid(model, images):
+    merged = tokmerge.patch(model, None)
+    packed = merged.features(images)
+    _, record = merged(images, source=True)
+    torch.testing.assert_close(tokmerge.unmerge(packed, record), model.forward_features(images), atol=1e-5, rtol=0)
+
+    merged = tokmerge.patch(model, tokmerge.TopR(10))
+    packed = merged.features(images)
+    _, record = merged(images, source=True)
+    grid = tokmerge.unmerge(packed, record)
+    assert grid.shape == (5, 65, 48)
+    for i, tokens in enumerate(packed.split()):
+        for original, token in enumerate(record.source[i].tolist()):
+            assert torch.equal(grid[i, original], tokens[token])
+    with pytest.raises(ValueError, match="source=True"):
+        tokmerge.unmerge(packed, merged(images)[1])
+    with pytest.raises(ValueError, match="same batch"):
+        tokmerge.unmerge(merged.features(images[:2]), record)
+
+
+@pytest.mark.parametrize("precision", wire.PRECISIONS)
+@pytest.mark.parametrize("split", [0, 2, 4])
+def test_payload_bytes_are_the_length_of_the_real_payload(images, precision, split):
+    model = build()
+    policy = tokmerge.Threshold(spread_thresholds(model, images))
+    record = tokmerge.patch(model, policy, precision=precision, split_layer=split)(images)[1]
+    front = build(depth=split) if split else None
+    for i, image in enumerate(images):
+        # What a device that stops after `split` blocks would send: its own tokens and sizes.
+        _, _, sizes, _ = reference.run(
+            model,
+            image,
+            lambda layer, pairs: reference.threshold_choice(policy.thresholds)(layer, pairs) if layer < split else [],
+        )
+        sent_sizes = torch.tensor(sizes).long() if split < 4 else None
+        payload = wire.encode(torch.randn(len(sizes), 48), sent_sizes, precision)
+        assert record.payload_bytes[i] == len(payload)
+    assert front is None or len(front.blocks) == split
+
+
+def test_average_pooling_needs_sizes_in_the_payload(images):
+    token = tokmerge.patch(build("cls"), tokmerge.TopR(8))(images)[1]
+    average = tokmerge.patch(build("cls_avg"), tokmerge.TopR(8))(images)[1]
+    assert (average.payload_bytes > token.payload_bytes).all()
+
+
+def test_other_image_sizes_where_the_model_takes_them():
+    model = build(dynamic_img_size=True)
+    images = torch.randn(2, 3, 24, 40)
+    torch.testing.assert_close(tokmerge.patch(model, None)(images)[0], model(images), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_keeps_the_shape_of_the_result(images):
+    model = build().to(torch.bfloat16)
+    logits, record = tokmerge.patch(model, tokmerge.TopR(8))(images.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    assert record.tokens[0].tolist() == [65, 57, 49, 41, 33]
+    assert logits.isfinite().all()
+
+
+def test_gradients_reach_the_image(model, images):
+    images = images.requires_grad_()
+    tokmerge.patch(model, tokmerge.TopR(8))(images)[0].sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_bad_input_is_named(model, images):
+    with pytest.raises(ValueError, match="11 thresholds for a model of 4 blocks"):
+        tokmerge.patch(model, tokmerge.Threshold([0.9] * 11))
+    with pytest.raises(ValueError, match="3 r values for a model of 4 blocks"):
+        tokmerge.patch(model, tokmerge.TopR([1, 2, 3]))
+    with pytest.raises(TypeError, match="Linear"):
+        tokmerge.patch(torch.nn.Linear(2, 2), None)
+    with pytest.raises(TypeError, match="policy is a float"):
+        tokmerge.patch(model, 0.9)
+    with pytest.raises(ValueError, match="int3"):
+        tokmerge.patch(model, None, precision="int3")
+    with pytest.raises(ValueError, match="split_layer is 5"):
+        tokmerge.patch(model, None, split_layer=5)
+    with pytest.raises(TypeError, match="ParallelScalingBlock"):
+        tokmerge.patch(build(block_fn=timm.models.vision_transformer.ParallelScalingBlock), None)
+    merged = tokmerge.patch(model, None)
+    with pytest.raises(ValueError, match=r"\(24, 24\) pixels, the model takes \(32, 32\)"):
+        merged(torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match="1 channels"):
+        merged(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
+        merged(torch.zeros(3, 32, 32))
+    with pytest.raises(RuntimeError, match="eval"):
+        merged.train()(images)
