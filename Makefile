@@ -35,8 +35,8 @@ studies: $(READY)
 	dvc repro --force --single-item train_vit
 
 test: lint
-	pytest -n 2 --dist loadfile
-	pytest --nbval-lax --nbval-cell-timeout=300 -p no:doctest notebooks
+	pytest -n 2 --dist loadfile --doctest-modules
+	pytest --nbval-lax --nbval-cell-timeout=300 notebooks
 
 lint: $(READY)
 	ruff check .
@@ -45,7 +45,7 @@ lint: $(READY)
 	nbstripout --verify notebooks/*.ipynb
 
 lab: $(READY)
-	jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
+	jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks/00_tour.ipynb
 
 bench: $(READY)
 	python -m tokmerge.bench
