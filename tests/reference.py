@@ -26,7 +26,7 @@ def attention(attn, x, sizes):
     heads, keys = [], []
     for h in range(attn.num_heads):
         q, k, v = attn.q_norm(qkv[:, 0, h]), attn.k_norm(qkv[:, 1, h]), qkv[:, 2, h]
-        weights = torch.softmax(q @ k.T / math.sqrt(attn.head_dim) + torch.tensor(sizes).log(), dim=1)
+        weights = torch.softmax(q @ k.T / math.sqrt(attn.head_dim) + torch.tensor(sizes, dtype=x.dtype).log(), dim=1)
         heads.append(weights @ v)
         keys.append(k)
     out = attn.norm(torch.cat(heads, dim=1))

@@ -1,3 +1,6 @@
+import io
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -32,7 +35,7 @@ def test_image_folder(folder):
 
 
 def test_image_folder_errors_are_named(folder):
-    with pytest.raises(DataError, match="nowhere does not exist"):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
         data.image_folder(folder / "nowhere")
     with pytest.raises(DataError, match="one folder of images per class"):
         data.image_folder(folder / "n01440764")
@@ -44,6 +47,97 @@ def test_image_folder_errors_are_named(folder):
         list(data.image_folder(folder).examples())
     with pytest.raises(DataError, match="needs a path"):
         data.load("imagefolder", "val")
+
+
+def test_image_folder_is_named_after_its_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert data.image_folder(".").name == data.image_folder(f"{folder}/").name == f"ImageFolder {folder.name}"
+
+
+def png(content):
+    """(SyntaxError) a PNG whose pixel chunk claims to end early, in the middle of its data."""
+    at = content.index(b"IDAT")
+    return content[: at - 4] + (300).to_bytes(4, "big") + content[at:]
+
+
+def bmp(content):
+    """(DecompressionBombError) a BMP that claims to be 10^5 pixels wide and high."""
+    return content[:18] + (10**5).to_bytes(4, "little") * 2 + content[26:]
+
+
+@pytest.mark.parametrize(("kind", "damage"), [("PNG", png), ("BMP", bmp), ("JPEG", lambda content: content[:-900])])
+def test_damaged_images_are_named_whatever_the_decoder_raises(tmp_path, kind, damage):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(content, kind)
+    (tmp_path / "n01440764").mkdir()
+    (tmp_path / "n01440764" / f"damaged.{kind}").write_bytes(damage(content.getvalue()))
+    with pytest.raises(DataError, match=rf"damaged\.{kind} cannot be read"):
+        list(data.image_folder(tmp_path).examples())
+
+
+def test_subset_of_a_folder_opens_only_its_own_images(folder, monkeypatch):
+    images = data.image_folder(folder)
+    opened = []
+    whole = data._open_rgb
+    monkeypatch.setattr(data, "_open_rgb", lambda file, name: opened.append(Path(file).name) or whole(file, name))
+    part = data.subset(data.subset(images, [0, 2, 4, 5]), [1, 3])
+    assert [e.id for e in part.examples()] == list(part.ids) == [images.ids[2], images.ids[5]]
+    assert [e.label for e in part.examples(1)] == part.labels[1:].tolist() == [2]
+    assert opened == [Path(images.ids[i]).name for i in (2, 5, 5)]
+
+
+def test_hub_labels_come_without_the_images(tmp_path, monkeypatch):
+    hub_folder(tmp_path / "imagenet", {"validation": 7})
+    asked = []
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(k.get("columns")) or real(*a, **k))
+    images = data.imagenet_hub("validation", str(tmp_path / "imagenet"))
+    assert images.labels.tolist() == list(range(7))
+    assert asked == [None, ["label"]]
+
+
+def hub_photos(folder, photos):
+    """A local data set of encoded photos in two parquet files, features declared in its card as on the hub."""
+    names = "".join(f"\n          '{i}': class {i}" for i in range(2))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["class 0", "class 1"]))
+    for shard, part in enumerate((photos[:2], photos[2:])):
+        rows = {"image": [{"bytes": p, "path": None} for p in part], "label": [shard] * len(part)}
+        path = folder / "data" / f"validation-0000{shard}-of-00002.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    (folder / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        f"      class_label:\n        names:{names}\n---\n"
+    )
+    return folder
+
+
+def encoded(**options):
+    content = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def test_hub_and_folder_give_the_same_pixels(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter turn, which timm's and torchvision's readers ignore
+    photos = [encoded(exif=turned), encoded(), encoded()]
+    for i, photo in enumerate(photos):
+        file = tmp_path / "folder" / ("class 0" if i < 2 else "class 1") / f"{i}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(photo)
+    folder = data.image_folder(tmp_path / "folder")
+    hub = data.imagenet_hub("validation", str(hub_photos(tmp_path / "hub", photos)))
+    assert hub.labels.tolist() == folder.labels.tolist() == [0, 0, 1]
+    for a, b in zip(folder.examples(), hub.examples(), strict=True):
+        assert (a.image.size, a.image.tobytes(), a.label) == (b.image.size, b.image.tobytes(), b.label)
+
+
+def test_a_damaged_hub_image_is_named(tmp_path):
+    images = data.imagenet_hub("validation", str(hub_photos(tmp_path, [encoded(), encoded(), b"not a picture"])))
+    stream = images.examples()
+    assert [next(stream).id, next(stream).id] == ["validation-00000000", "validation-00000001"]
+    with pytest.raises(DataError, match="validation-00000002 cannot be read"):
+        next(stream)
 
 
 def test_hub_stream_resumes_where_it_stopped(tmp_path):
@@ -122,3 +216,31 @@ def test_batches_equal_stacking_by_hand(start):
     assert torch.cat([b.labels for b in got]).tolist() == [e.label for e in examples]
     if start == 0:
         assert torch.equal(data.tensors(images, to_tensor).images, whole)
+
+
+def test_subset_takes_positions_as_numpy_does():
+    images = fashion.sample("test")
+    mask = np.zeros(len(images), bool)
+    mask[[3, 40]] = True
+    for positions in (mask, [3, 40], np.array([40, 3, 3]), [3 - len(images), 40], range(3, 41, 37)):
+        part = data.subset(images, positions)
+        assert [e.id for e in part.examples()] == list(part.ids) == [images.ids[3], images.ids[40]]
+    assert len(data.subset(images, [])) == 0
+    with pytest.raises(IndexError):
+        data.subset(images, [len(images)])
+
+
+@pytest.mark.parametrize("start", [-1, 11])
+def test_a_start_outside_the_set_is_refused(start):
+    images = data.subset(fashion.sample("test"), range(10))
+    with pytest.raises(ValueError, match=f"cannot start at {start} of 10"):
+        images.examples(start)
+    assert list(images.examples(10)) == []
+
+
+@pytest.mark.parametrize("batch_size", [0, -4])
+def test_an_impossible_batch_size_is_refused(batch_size):
+    with pytest.raises(ValueError, match=f"256 examples into batches of {batch_size}"):
+        next(data.batches(fashion.sample("test"), to_tensor, batch_size))
+    with pytest.raises(ValueError, match="0 examples into batches of 0"):
+        data.tensors(data.subset(fashion.sample("test"), []), to_tensor)

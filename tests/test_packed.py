@@ -57,12 +57,11 @@ def test_appended_coordinate_is_left_out_without_sizes():
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4]])
-def test_pad_and_unpad_are_inverse_and_padding_is_marked(lengths):
+def test_pad_puts_every_row_in_its_place_and_marks_padding(lengths):
     layout = Layout(torch.tensor(lengths))
     rows = torch.randn(sum(lengths), 3)
     padded = layout.pad(rows)
     assert padded.shape == (len(lengths), max(lengths), 3)
-    torch.testing.assert_close(layout.unpad(padded), rows)
     first = 0
     for i, n in enumerate(lengths):
         assert torch.equal(padded[i, :n], rows[first : first + n])

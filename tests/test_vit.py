@@ -17,11 +17,13 @@ def spread_thresholds(model, images, share=0.4):
 
 
 def check_against_reference(model, images, policy, choose):
+    # In double precision: random weights amplify single-precision rounding from layer to layer.
+    model, images = model.double(), images.double()
     logits, record = tokmerge.patch(model, policy)(images, source=True)
     for i, image in enumerate(images):
         expected, counts, sizes, groups = reference.run(model, image, choose)
         assert record.tokens[i].tolist() == counts
-        torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[i], expected, atol=1e-5, rtol=1e-5)
         found = [set() for _ in sizes]
         for original, token in enumerate(record.source[i].tolist()):
             found[token].add(original)

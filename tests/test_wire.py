@@ -133,7 +133,7 @@ def test_encode_refuses(arguments: tuple, message: str) -> None:
     st.integers(1, 300),
     precisions,
     st.booleans(),
-    st.integers(1, 40),
+    st.integers(1, 100),
     st.randoms(use_true_random=False),
 )
 def test_payload_bytes_is_exact(

@@ -3,6 +3,7 @@
 The embedded profile uses Fashion-MNIST (`tokmerge.fashion`), the paper profile ImageNet, from a folder or the hub.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 IMAGENET_HUB = "ILSVRC/imagenet-1k"
@@ -49,6 +50,7 @@ class ImageSet:
         ids: id of each example.
         labels: (N,) class of each example.
         stream: ``stream(start)`` yields the examples from that position on.
+        at: ``at(position)`` is one example, where that costs less than streaming up to it.
     """
 
     name: str
@@ -57,12 +59,19 @@ class ImageSet:
     ids: Sequence[str]
     labels: np.ndarray
     stream: Callable[[int], Iterator[Example]]
+    at: Callable[[int], Example] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def examples(self, start: int = 0) -> Iterator[Example]:
-        """The examples in order, from position ``start`` on."""
+        """The examples in order, from position ``start`` on.
+
+        Raises:
+            ValueError: ``start`` is negative or beyond the end.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"cannot start at {start} of {len(self)} examples")
         return self.stream(start)
 
 
@@ -103,7 +112,12 @@ def batches(images: ImageSet, transform: Callable[[Any], Tensor], batch_size: in
         transform: PIL image -> (C, H, W) float tensor, such as `tokmerge.models.transform` gives.
         batch_size: images per batch.
         start: position of the first example.
+
+    Raises:
+        ValueError: ``batch_size`` is not positive, or ``start`` outside the set.
     """
+    if batch_size < 1:
+        raise ValueError(f"cannot cut {len(images)} examples into batches of {batch_size}")
     stream = images.examples(start)
     while chunk := list(islice(stream, batch_size)):
         yield Batch(
@@ -119,8 +133,17 @@ def tensors(images: ImageSet, transform: Callable[[Any], Tensor]) -> Batch:
 
 
 def subset(images: ImageSet, positions: Sequence[int] | np.ndarray) -> ImageSet:
-    """The examples at the given positions, in the set's own order."""
-    chosen = sorted({int(position) for position in positions})
+    """The examples at the given positions (or under a boolean mask), each once, in the set's own order.
+
+    Raises:
+        IndexError: a position outside the set.
+    """
+    index = np.asarray(positions) if len(positions) else np.array([], int)
+    chosen: list[int] = np.unique(np.arange(len(images))[index]).tolist()
+    part = replace(images, ids=[images.ids[i] for i in chosen], labels=images.labels[chosen])
+    one = images.at
+    if one is not None:
+        return replace(part, stream=lambda start: map(one, chosen[start:]), at=lambda position: one(chosen[position]))
 
     def stream(start: int) -> Iterator[Example]:
         wanted = set(chosen[start:])
@@ -130,7 +153,7 @@ def subset(images: ImageSet, positions: Sequence[int] | np.ndarray) -> ImageSet:
                 if position in wanted:
                     yield example
 
-    return replace(images, ids=[images.ids[i] for i in chosen], labels=images.labels[chosen], stream=stream)
+    return replace(part, stream=stream)
 
 
 def search_split(labels: Sequence[int] | np.ndarray | Tensor, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +199,7 @@ def image_folder(path: str | Path, split: str = "val") -> ImageSet:
 
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"image folder {root} does not exist")
+        raise DataError(f"image folder {root} is not a folder")
     try:
         listing = ImageFolder(str(root))
     except FileNotFoundError as error:
@@ -184,11 +207,15 @@ def image_folder(path: str | Path, split: str = "val") -> ImageSet:
 
     ids = [Path(file).relative_to(root).as_posix() for file, _ in listing.samples]
 
-    def stream(start: int) -> Iterator[Example]:
-        for index, (file, label) in enumerate(listing.samples[start:], start):
-            yield Example(ids[index], _open_rgb(file), label)
+    def at(position: int) -> Example:
+        file, label = listing.samples[position]
+        return Example(ids[position], _open_rgb(file, file), label)
 
-    return ImageSet(f"ImageFolder {root.name}", split, tuple(listing.classes), ids, np.array(listing.targets), stream)
+    def stream(start: int) -> Iterator[Example]:
+        return map(at, range(start, len(ids)))
+
+    title = f"ImageFolder {root.absolute().name}"
+    return ImageSet(title, split, tuple(listing.classes), ids, np.array(listing.targets), stream, at)
 
 
 def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSet:
@@ -199,35 +226,44 @@ def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSe
         name: hub name, or a local folder of parquet files with the same columns.
 
     Raises:
-        DataError: no access, no such data, or a wrong schema.
+        DataError: no access, no such data, a wrong schema, or (while reading) an unreadable image.
     """
-    from datasets import ClassLabel, load_dataset
+    import datasets
 
     try:
-        rows = load_dataset(name, split=split, streaming=True)
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+        features = rows.features or {}
+        if not isinstance(features.get("label"), datasets.ClassLabel) or "image" not in features:
+            raise DataError(
+                f"data set {name}: columns image and label (a ClassLabel) are needed, it has {list(features)}"
+            )
+        # Named to the parquet reader, so that the images (6.7 GB in ImageNet's validation split) stay where they are.
+        only_labels = datasets.load_dataset(name, split=split, streaming=True, columns=["label"])
+        labels = np.array([row["label"] for row in only_labels])
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"data set {name}, split {split!r}: {type(error).__name__}: {error}\n"
             "ImageNet needs its licence accepted at huggingface.co/datasets/ILSVRC/imagenet-1k and a token "
             "(`hf auth login` or HF_TOKEN); without network give a local folder as path."
         ) from error
-    features = rows.features or {}
-    if not isinstance(features.get("label"), ClassLabel) or "image" not in features:
-        raise DataError(f"data set {name}: columns image and label (a ClassLabel) are needed, it has {list(features)}")
-    labels = np.array([row["label"] for row in rows.select_columns(["label"])])
+    # Decoded here, because the library would also turn photos by their EXIF orientation, unlike an image folder.
+    encoded = rows.cast_column("image", datasets.Image(decode=False))
     ids = [f"{split}-{index:08d}" for index in range(len(labels))]
 
     def stream(start: int) -> Iterator[Example]:
-        for index, row in enumerate(rows.skip(start), start):
-            yield Example(ids[index], row["image"].convert("RGB"), int(row["label"]))
+        for identifier, row in zip(ids[start:], encoded.skip(start), strict=True):
+            yield Example(identifier, _open_rgb(io.BytesIO(row["image"]["bytes"]), identifier), int(row["label"]))
 
     title = "ImageNet-1k" if name == IMAGENET_HUB else f"hub data {Path(name).name}"
     return ImageSet(title, split, tuple(features["label"].names), ids, labels, stream)
 
 
-def _open_rgb(file: str | Path) -> Image.Image:
+def _open_rgb(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"image {file} cannot be read: {error}") from error
+    # On damaged files decoders raise nearly anything: OSError, SyntaxError, ValueError, DecompressionBombError.
+    except Exception as error:
+        raise DataError(f"image {name} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ as they are, without padding; only attention and matching need to know which row
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,26 @@ from torch.nn import functional as F
 # Below this many values per image (tokens x attn_dim), one padded attention call beats a loop of exact
 # per-image calls on a CPU: the calls are then too short to pay for themselves.
 PADDED_ATTENTION_MAX_VALUES = 32_768
+# Images that share a padded attention call on a CPU.
+BLOCK_IMAGES = 8
+# Up to this many tokens two batched products beat the fused kernel on a CPU: its blocks are then mostly empty.
+PLAIN_PRODUCTS_MAX_TOKENS = 144
+
+
+class Blocks(NamedTuple):
+    """A ragged batch as a few padded blocks, one after the other in P rows.
+
+    Attributes:
+        shapes: images and padded token count of each block.
+        rows: (P,) packed row behind each padded one (the image's last where there is none).
+        valid: (P,) bool, which padded rows hold a token.
+        positions: (T,) padded row of each packed one.
+    """
+
+    shapes: list[tuple[int, int]]
+    rows: Tensor
+    valid: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,20 +86,29 @@ class Layout:
         return positions.clamp_(max=sum(self.counts) - 1).flatten()
 
     @cached_property
-    def _positions(self) -> Tensor:
-        """(T,) padded position of each packed row."""
-        shift = torch.arange(len(self.counts), device=self.lengths.device) * self.longest - self.offsets
-        return torch.arange(sum(self.counts), device=self.lengths.device) + shift[self.image]
+    def blocks(self) -> "Blocks":
+        """The images sorted by length and padded in groups of `BLOCK_IMAGES`: little padding, few calls."""
+        device = self.lengths.device
+        order = sorted(range(len(self.counts)), key=self.counts.__getitem__)
+        groups = [order[i : i + BLOCK_IMAGES] for i in range(0, len(order), BLOCK_IMAGES)]
+        shapes = [(len(group), self.counts[group[-1]]) for group in groups]
+        image = torch.tensor(order, device=device)
+        widths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)], device=device)
+        starts = widths.cumsum(0) - widths
+        total = sum(images * tokens for images, tokens in shapes)
+        slot = torch.arange(len(order), device=device).repeat_interleave(widths, output_size=total)
+        within = torch.arange(total, device=device) - starts[slot]
+        last = (self.lengths[image] - 1)[slot]
+        rows = self.offsets[image][slot] + within.minimum(last)
+        shift = torch.empty_like(starts)
+        shift[image] = starts - self.offsets[image]
+        positions = torch.arange(sum(self.counts), device=device) + shift[self.image]
+        return Blocks(shapes, rows, within <= last, positions)
 
     def pad(self, rows: Tensor) -> Tensor:
         """(T, ...) -> (B, longest, ...); positions where `valid` is False hold arbitrary rows."""
         shape = (len(self.counts), self.longest, *rows.shape[1:])
         return (rows if self.uniform else rows.index_select(0, self._rows)).reshape(shape)
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """(B, longest, ...) -> (T, ...), the inverse of `pad`."""
-        flat = padded.flatten(0, 1)
-        return flat if self.uniform else flat.index_select(0, self._positions)
 
 
 @dataclass(frozen=True)
@@ -141,18 +171,41 @@ def attend(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
 
 
 def attend_padded(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
-    """`attend` as one padded call; padding keys are masked out exactly."""
-    mask = None
-    if sizes is not None:
-        mask = layout.pad(sizes.log().to(qkv.dtype))
-        if not layout.uniform:
-            mask = mask.masked_fill(~layout.valid, float("-inf"))
-        mask = mask[:, None, None, :]
-    elif not layout.uniform:
-        mask = layout.valid[:, None, None, :]
-    q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return layout.unpad(out.transpose(1, 2).flatten(2))
+    """`attend` in a few padded calls, images of similar length together; padding keys are masked out exactly."""
+    if layout.uniform:
+        bias = None if sizes is None else layout.pad(sizes.log().to(qkv.dtype))
+        return _attend_block(layout.pad(qkv), bias).flatten(0, 1)
+    blocks = layout.blocks
+    padded = qkv.index_select(0, blocks.rows)
+    bias = qkv.new_zeros(len(blocks.rows)) if sizes is None else sizes.log().to(qkv.dtype).index_select(0, blocks.rows)
+    bias = bias.masked_fill_(~blocks.valid, float("-inf"))
+    outs, first = [], 0
+    for images, tokens in blocks.shapes:
+        part = slice(first, first + images * tokens)
+        block = padded[part].view(images, tokens, *qkv.shape[1:])
+        outs.append(_attend_block(block, bias[part].view(images, tokens)).flatten(0, 1))
+        first += images * tokens
+    return torch.cat(outs).index_select(0, blocks.positions)
+
+
+def _attend_block(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of (B, N, 3, H, d) with a (B, N) bias on the keys: (B, N, H * d)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if bias is None:
+        out = F.scaled_dot_product_attention(q, k, v)
+    elif qkv.is_cuda or qkv.shape[1] > PLAIN_PRODUCTS_MAX_TOKENS:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :])
+    else:
+        out = _plain_products(q, k, v, bias[:, None, None, :])
+    return out.transpose(1, 2).flatten(2)
+
+
+def _plain_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """scaled_dot_product_attention of (B, H, N, d) with a (B, 1, 1, N) bias, as two batched products."""
+    batch, heads, n, d = q.shape
+    bias = bias.expand(batch, heads, 1, n).reshape(batch * heads, 1, n)
+    scores = torch.baddbmm(bias, q.reshape(-1, n, d), k.reshape(-1, n, d).transpose(1, 2), alpha=d**-0.5)
+    return torch.bmm(scores.softmax(-1), v.reshape(-1, n, d)).view(batch, heads, n, d)
 
 
 def attend_each(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -172,15 +173,16 @@ class MergedViT(nn.Module):
 
     def _block(self, tokens: Packed, layer: int) -> Packed:
         block: Any = self.model.blocks[layer]
-        out, keys = _attention(block.attn, block.norm1(tokens.x), tokens.layout, tokens.sizes)
-        tokens = tokens.with_x(tokens.x + block.drop_path1(block.ls1(out)))
         policy = self.policy
-        if policy is not None and policy.active(layer):
+        merging = policy is not None and policy.active(layer)
+        out, metric = _attention(block.attn, block.norm1(tokens.x), tokens.layout, tokens.sizes, merging)
+        tokens = tokens.with_x(tokens.x + block.drop_path1(block.ls1(out)))
+        if policy is not None and metric is not None:
             context = merge.Context(
                 layer=layer,
                 depth=len(self.model.blocks),
                 protected=self.model.num_prefix_tokens,
-                metric=F.normalize(keys.mean(1), dim=-1),
+                metric=metric,
                 sizes=tokens.sizes,
                 layout=tokens.layout,
             )
@@ -188,8 +190,10 @@ class MergedViT(nn.Module):
         return tokens.with_x(tokens.x + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens.x)))))
 
 
-def _attention(attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """timm's Attention on packed rows: (T, D) -> (T, D), and the keys (T, H, d)."""
+def _attention(
+    attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None, merging: bool
+) -> tuple[Tensor, Tensor | None]:
+    """timm's Attention on packed rows: (T, D) -> (T, D), and if merging the matching features (T, d)."""
     qkv = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim)
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = qkv.unbind(1)
@@ -197,7 +201,9 @@ def _attention(attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None)
     out = attn.norm(attend(qkv, layout, sizes))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), qkv[:, 1]
+    # The mean over heads, up to its length, which normalising removes.
+    metric = F.normalize(reduce(torch.add, qkv[:, 1].unbind(1)), dim=-1) if merging else None
+    return attn.proj_drop(attn.proj(out)), metric
 
 
 def patch(

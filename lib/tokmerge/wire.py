@@ -151,7 +151,7 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
 
     Args:
         payload: what `encode` gave, possibly damaged or cut off.
-        max_values: largest N x D of a cut-off payload (a value takes 4 bytes of memory).
+        max_values: largest N x D of a cut-off payload (4 bytes of memory per value and 9 per token).
 
     Raises:
         WireError: damaged header, bytes beyond the end, or more than ``max_values`` announced but not there.
