@@ -12,6 +12,11 @@ def test_parameters_are_what_the_notebook_declares():
     assert notebook.parameters({"In": cells, "a": 5, "b": "x", "c": 3}) == {"a": 5, "b": "x"}
 
 
+def test_without_a_history_the_plain_values_are_the_parameters():
+    namespace = {"In": [""], "Out": {}, "_i": "", "json": json, "a": 5, "b": None, "c": [0.5], "exit": exit}
+    assert notebook.parameters(namespace) == {"a": 5, "b": None, "c": [0.5]}
+
+
 def test_an_injected_name_that_is_not_declared_is_an_error():
     cells = ["", "a = 1  # one\nb = None", "# Parameters\na = 2\ntypo = 3\n"]
     with pytest.raises(ValueError, match="unknown parameter typo: this notebook has a, b"):
