@@ -136,6 +136,25 @@ def test_a_failed_fetch_leaves_nothing_behind(tmp_path, monkeypatch, apt, messag
     assert list((tmp_path / "data").iterdir()) == []
 
 
+def test_a_deleted_file_is_fetched_again(tmp_path, idx_files, monkeypatch):
+    served = write(tmp_path / "served", idx_files)
+    apt = 'case "$*" in *download*) touch dataset-fashion-mnist_1_all.deb;; esac\n'
+    unpack = f'mkdir -p "$3/usr/share/datasets" && cp -r {served} "$3/usr/share/datasets/fashion-mnist"\n'
+    fake_tools(tmp_path / "bin", monkeypatch, apt, unpack)
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "usr/share/datasets/fashion-mnist")
+    monkeypatch.setattr(fashion, "UNPACKED", "usr/share/datasets/fashion-mnist")
+    fashion.fashion_mnist("test", data_dir=tmp_path / "data")
+    (tmp_path / "data" / "fashion-mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert len(fashion.fashion_mnist("test", data_dir=tmp_path / "data")) == 20
+
+
+def test_a_folder_that_cannot_be_written_is_among_the_reasons(tmp_path, idx_files, monkeypatch):
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "none")
+    (tmp_path / "data").write_text("a file, not a folder")
+    with pytest.raises(DataError, match="could not be fetched"):
+        fashion.fashion_mnist("test", data_dir=tmp_path / "data")
+
+
 def test_a_damaged_package_is_not_kept(tmp_path, idx_files, monkeypatch):
     served = write(tmp_path / "served", {name: content[:-1] for name, content in idx_files.items()})
     apt = 'case "$*" in *download*) touch dataset-fashion-mnist_1_all.deb;; esac\n'

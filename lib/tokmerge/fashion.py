@@ -28,7 +28,8 @@ SHA256 = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+UNPACKED = "usr/share/datasets/fashion-mnist"
+DEBIAN_FOLDER = Path("/", UNPACKED)
 HUB = "zalando-datasets/fashion_mnist"
 
 
@@ -92,7 +93,7 @@ def _find_fashion_mnist(path: Path | None, fetched: Path) -> Path:
         try:
             fetch(fetched)
             return fetched
-        except DataError as error:
+        except (DataError, OSError) as error:
             failures.append(str(error))
     raise DataError(
         f"Fashion-MNIST is in neither {DEBIAN_FOLDER} nor {fetched}, and could not be fetched:\n- "
@@ -141,11 +142,17 @@ def fetch_debian(folder: Path) -> None:
         if not packages:
             raise DataError(f"apt-get downloaded no {DEBIAN_PACKAGE}")
         _run(["dpkg-deb", "-x", str(packages[0]), "files"], work)
-        unpacked = work / "files" / DEBIAN_FOLDER.relative_to("/")
+        unpacked = work / "files" / UNPACKED
         for name in SHA256:
             _read_idx(unpacked, name)
-        unpacked.chmod(0o755)
-        unpacked.rename(folder)
+        _move_files(unpacked, folder)
+
+
+def _move_files(source: Path, folder: Path) -> None:
+    """Move checked files into a folder that may already hold some of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        os.replace(file, folder / file.name)
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -182,4 +189,4 @@ def fetch_hub(folder: Path, name: str = HUB) -> None:
             (files / f"{stem}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + count + labels)
         for idx in SHA256:
             _read_idx(files, idx)
-        files.rename(folder)
+        _move_files(files, folder)

@@ -33,8 +33,10 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     if not declared:
         # A runner that keeps no history (nbval) injects nothing either: the plain values so far are the parameters.
         plain = (str, int, float, list, tuple, dict, type(None))
-        names = (name for name in namespace if not name.startswith("_") and name not in ("In", "Out"))
-        return {name: namespace[name] for name in names if isinstance(namespace[name], plain)}
+        own = {
+            name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")
+        }
+        return {name: value for name, value in own.items() if isinstance(value, plain)}
     unknown = [name for name in given if name not in declared]
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook has {', '.join(declared)}")
