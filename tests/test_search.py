@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 import tokmerge
 from tokmerge import search
@@ -67,13 +66,3 @@ def test_a_bad_policy_file_is_named(tmp_path, change, message):
 def test_a_missing_policy_file():
     with pytest.raises(FileNotFoundError):
         tokmerge.load_front("nowhere/front.json")
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_pareto_mask_equals_the_definition(seed):
-    costs = np.random.default_rng(seed).integers(0, 5, (40, 3))
-
-    def dominated(row):
-        return any((other <= row).all() and (other < row).any() for other in costs)
-
-    assert search.pareto_mask(costs).tolist() == [not dominated(row) for row in costs]

@@ -126,7 +126,6 @@ def test_payload_bytes_are_the_length_of_the_real_payload(images, precision, spl
     model = build()
     policy = tokmerge.Threshold(spread_thresholds(model, images))
     record = tokmerge.patch(model, policy, precision=precision, split_layer=split)(images)[1]
-    front = build(depth=split) if split else None
     for i, image in enumerate(images):
         # What a device that stops after `split` blocks would send: its own tokens and sizes.
         _, _, sizes, _ = reference.run(
@@ -137,7 +136,6 @@ def test_payload_bytes_are_the_length_of_the_real_payload(images, precision, spl
         sent_sizes = torch.tensor(sizes).long() if split < 4 else None
         payload = wire.encode(torch.randn(len(sizes), 48), sent_sizes, precision)
         assert record.payload_bytes[i] == len(payload)
-    assert front is None or len(front.blocks) == split
 
 
 def test_average_pooling_needs_sizes_in_the_payload(images):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Below this many values per image (tokens x attn_dim), one padded attention call beats a loop of exact
-# per-image calls on a CPU: the calls are then too short to pay for themselves.
+# Below this many values per image (tokens x attn_dim), a few padded attention calls beat a loop of exact
+# per-image calls on a CPU: those are then too short to pay for themselves.
 PADDED_ATTENTION_MAX_VALUES = 32_768
 # Images that share a padded attention call on a CPU.
 BLOCK_IMAGES = 8

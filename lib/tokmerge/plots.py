@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -91,3 +92,40 @@ def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray, sizes: dict[
     ax.hlines(horizontal[:, 0] + 1, horizontal[:, 1], horizontal[:, 1] + 1, color="white", lw=0.6)
     ax.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
     ax.grid(False)
+
+
+def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
+    """Draw the distribution of best-match similarity over the layers.
+
+    Args:
+        ax: where to draw.
+        similarity: columns layer, quantile (0.05, 0.25, 0.5, 0.75, 0.95), similarity.
+    """
+    wide = similarity.pivot(index="layer", columns="quantile", values="similarity")
+    for low, high, alpha in ((0.05, 0.95, 0.15), (0.25, 0.75, 0.3)):
+        label = f"{low:.0%} to {high:.0%}"
+        ax.fill_between(wide.index, wide[low], wide[high], color=COLORS["threshold"], alpha=alpha, lw=0, label=label)
+    ax.plot(wide.index, wide[0.5], "o-", color=COLORS["threshold"], ms=3.5, label="median")
+    ax.set(xlabel="layer", ylabel="cosine with best match", xticks=wide.index)
+    ax.legend(loc="lower right", ncols=3)
+
+
+def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
+    """Draw top-1 with its 95 % interval against one of the ratios, a line per method.
+
+    Args:
+        ax: where to draw.
+        sweep: columns method, top1, top1_low, top1_high and the ratio; one row of method "unmerged".
+        column: macs_ratio, tokens_ratio or bytes_ratio.
+    """
+    quantity = {"macs_ratio": "MACs", "tokens_ratio": "tokens left", "bytes_ratio": "payload bytes"}[column]
+    labels = {"threshold": "one threshold (per image)", "fixed r": "fixed r (ToMe)"}
+    for method, part in sweep[sweep.method != "unmerged"].groupby("method", sort=False):
+        error = 100 * np.array([part.top1 - part.top1_low, part.top1_high - part.top1])
+        ax.errorbar(
+            part[column], 100 * part.top1, error, fmt="o-", ms=4, lw=1.3, elinewidth=0.7, capsize=2,
+            color=COLORS[str(method)], label=labels[str(method)],
+        )  # fmt: skip
+    top1 = sweep[sweep.method == "unmerged"].top1.item()
+    ax.axhline(100 * top1, color=COLORS["unmerged"], lw=0.9, ls="--", label="unmerged")
+    ax.set(xlabel=f"{quantity}, merged / unmerged", xlim=(0, 1.02))

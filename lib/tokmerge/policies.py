@@ -109,7 +109,23 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class TopR:
+class _FixedR:
+    """What policies that remove the same number of tokens from every image share: r, its checks, when it acts."""
+
+    r: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", _per_layer(type(self).__name__, "r", self.r, Integral))
+
+    def check(self, depth: int) -> None:
+        _check_length(type(self).__name__, "r values", self.r, depth)
+
+    def active(self, layer: int) -> bool:
+        return _at(self.r, layer) > 0
+
+
+@dataclass(frozen=True)
+class TopR(_FixedR):
     """The r most similar pairs merge, the same number in every image (ToMe, Bolya et al., 2210.09461).
 
     Args:
@@ -119,17 +135,6 @@ class TopR:
     >>> TopR([8, 0]).active(1)
     False
     """
-
-    r: int | Sequence[int]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "r", _per_layer("TopR", "r", self.r, Integral))
-
-    def check(self, depth: int) -> None:
-        _check_length("TopR", "r values", self.r, depth)
-
-    def active(self, layer: int) -> bool:
-        return _at(self.r, layer) > 0
 
     def select(self, context: Context) -> Merges:
         matches = match(context)
@@ -147,7 +152,7 @@ def _largest(values: Tensor, r: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PiToMe:
+class PiToMe(_FixedR):
     """Energy-based merging (Tran et al., 2405.16148): only tokens amid many similar ones may merge.
 
     The energy of token i is mean_j ELU(cos(m_i, m_j) - margin), margin = 0.75 (1 - l / L), over the other
@@ -158,17 +163,6 @@ class PiToMe:
         r: tokens removed at every block, or a sequence with one number per block. Where an image has
             fewer than 2r unprotected tokens, half of those it has.
     """
-
-    r: int | Sequence[int]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "r", _per_layer("PiToMe", "r", self.r, Integral))
-
-    def check(self, depth: int) -> None:
-        _check_length("PiToMe", "r values", self.r, depth)
-
-    def active(self, layer: int) -> bool:
-        return _at(self.r, layer) > 0
 
     def select(self, context: Context) -> Merges:
         layout, first = context.layout, context.protected

@@ -5,12 +5,9 @@ bytes at once. `Front.pick` turns a requirement into a policy that `tokmerge.pat
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tokmerge import store
 from tokmerge.policies import Threshold
@@ -137,21 +134,3 @@ def load_front(path: str | Path) -> Front:
         if not isinstance(content.get(key), str):
             raise ValueError(f"{path}: {key} is {content.get(key)!r}, not a string")
     return Front(content["model"], content["dataset"], number(content, "unmerged_top1", ""), tuple(points))
-
-
-def pareto_mask(costs: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
-    """Which rows no other row dominates, every column a cost (smaller is better).
-
-    Args:
-        costs: (n, m).
-
-    Returns:
-        (n,) bool; of equal rows all are kept.
-
-    >>> pareto_mask([[1, 2], [2, 1], [2, 2]]).tolist()
-    [True, True, False]
-    """
-    values = np.asarray(costs, dtype=float)
-    no_worse = (values[:, None, :] <= values[None, :, :]).all(2)
-    better = (values[:, None, :] < values[None, :, :]).any(2)
-    return np.logical_not((no_worse & better).any(0))
