@@ -63,3 +63,11 @@ def test_functions_take_turns():
 def test_median_ratio_is_taken_round_by_round():
     seconds = pd.DataFrame({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 1.0]})
     assert evaluate.median_ratio(seconds, "a", "b") == 3.0
+
+
+def test_no_description_no_progress_bar(model, batch, capsys):
+    merged = tokmerge.patch(model, None)
+    evaluate.run(merged, evaluate.split_batch(batch, 2))
+    assert capsys.readouterr().err == ""
+    evaluate.run(merged, evaluate.split_batch(batch, 2), description="unmerged")
+    assert "unmerged" in capsys.readouterr().err

@@ -32,8 +32,8 @@ def imported(source):
         "Threshold": "policies",
         "TopR": "policies",
         "PiToMe": "policies",
-        "load_front": "search",
-        "Front": "search",
+        "load_front": "front",
+        "Front": "front",
     }
     found = set()
     for node in ast.walk(ast.parse(source)):

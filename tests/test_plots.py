@@ -66,3 +66,40 @@ def test_draw_similarity_has_the_layers_median():
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.505, 0.605])
     assert len(ax.collections) == 2
     plt.close(fig)
+
+
+COLUMNS = ["kl", "macs_ratio", "bytes_ratio"]
+
+
+def test_draw_front_shows_three_projections_with_the_grids():
+    trials = pd.DataFrame([[0.05, 0.5, 0.3], [0.02, 0.7, 0.6], [0.09, 0.9, 0.8]], columns=COLUMNS)
+    grids = pd.DataFrame([[0.03, 0.8, 0.7], [0.06, 0.6, 0.5]], columns=COLUMNS).assign(method="uniform")
+    fig, axes = plt.subplots(1, 3)
+    plots.draw_front(axes, trials, trials[:2], grids, "kl", worst=0.1)
+    tried, front = axes[1].collections
+    assert tried.get_offsets().tolist() == trials[["bytes_ratio", "kl"]].to_numpy().tolist()
+    assert front.get_offsets().tolist() == trials[["bytes_ratio", "kl"]][:2].to_numpy().tolist()
+    assert axes[0].lines[0].get_xdata().tolist() == [0.6, 0.8], "a grid is joined in order of MACs"
+    assert axes[0].get_ylim() == (0, 0.1)
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["trials", "one threshold", "Pareto front"]
+    plt.close(fig)
+
+
+def test_draw_profile_has_a_line_per_point():
+    fig, ax = plt.subplots()
+    plots.draw_profile(ax, pd.DataFrame({"label": ["a", "b"], "thresholds": [[0.9, 0.8, 1.0], [0.7, 0.6, 0.5]]}))
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.9, 0.8, 1.0], [0.7, 0.6, 0.5]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    plt.close(fig)
+
+
+def test_draw_hypervolume_shows_the_median_over_seeds():
+    traces = pd.DataFrame(
+        [("ax", seed, n, 0.1 * seed + 0.2 * n) for seed in (0, 1, 2) for n in (1, 2)] + [("sobol", 0, 1, 0.4)],
+        columns=["method", "seed", "evaluation", "fraction"],
+    )
+    fig, ax = plt.subplots()
+    plots.draw_hypervolume(ax, traces)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.3, 0.5])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ax", "sobol", "reference front"]
+    plt.close(fig)

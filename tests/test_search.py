@@ -1,68 +1,170 @@
-import json
+"""The search on a problem that costs nothing. Candidates of the model are compared within one machine only."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
-import tokmerge
-from tokmerge import search
-from tokmerge.search import Front, Point
+import toy
+from ax.core.trial_status import TrialStatus
+from ax.service.utils.best_point import get_trace
+from botorch.acquisition.multi_objective import logei
+from tokmerge import pareto, store, workers
+from tokmerge.search import Search, Settings, begin
+from tokmerge.trials import Trial
 
-POINTS = (
-    Point((0.99, 0.98), top1=0.900, macs_ratio=0.80, bytes_ratio=0.50),
-    Point((0.97, 0.96), top1=0.896, macs_ratio=0.50, bytes_ratio=0.20),
-    Point((0.95, 0.94), top1=0.895, macs_ratio=0.45, bytes_ratio=0.25),
-    Point((0.90, 0.90), top1=0.850, macs_ratio=0.20, bytes_ratio=0.05),
-)
-FRONT = Front("vit", "toy data", 0.9, POINTS)
-
-
-def test_pick_takes_fewest_macs_within_the_drop():
-    assert FRONT.pick(max_drop=0.005) == tokmerge.Threshold(POINTS[2].thresholds)
-    assert FRONT.pick(max_drop=0.004) == tokmerge.Threshold(POINTS[1].thresholds)
-    assert FRONT.pick(max_drop=0.005, max_bytes=0.2) == tokmerge.Threshold(POINTS[1].thresholds)
-    assert FRONT.pick(max_drop=1) == tokmerge.Threshold(POINTS[3].thresholds)
+QUICK = {"n_curve": 2, "n_sobol": 3, "restarts": 1, "raw_samples": 8, "reference": toy.REFERENCE}
+STATUS = {"completed": TrialStatus.COMPLETED, "failed": TrialStatus.FAILED}
 
 
-def test_pick_without_a_drop_takes_the_most_accurate():
-    assert FRONT.pick() == tokmerge.Threshold(POINTS[0].thresholds)
-    assert FRONT.pick(max_macs=0.5) == tokmerge.Threshold(POINTS[1].thresholds)
-    assert FRONT.pick(max_bytes=0.1) == tokmerge.Threshold(POINTS[3].thresholds)
+def advance(folder, n, factory=toy.plain, batch=2, **settings):
+    """Run a search until it has n trials."""
+    search = Search(folder, toy.SPACE, Settings(**{**QUICK, **settings}))
+    with workers.start(factory) as evaluate:
+        while search.n < n:
+            for trial, result in evaluate(search.ask(min(batch, n - search.n))):
+                search.tell(trial, result)
+    return search
 
 
-def test_pick_says_what_can_be_reached():
-    with pytest.raises(ValueError, match=r"drop of 0\.0000, MACs 0\.200, bytes 0\.050"):
-        FRONT.pick(max_drop=0.001, max_macs=0.3)
+def chosen(search):
+    return search.table[["trial", "origin", "tau_00", "tau_01", "status"]]
 
 
-def test_policy_file_round_trip(tmp_path):
-    search.save_front(FRONT, tmp_path / "front.json")
-    assert tokmerge.load_front(tmp_path / "front.json") == FRONT
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A search that nothing interrupted."""
+    return advance(tmp_path_factory.mktemp("whole"), 8)
+
+
+def test_starts_on_the_curve_then_spreads_then_models(whole):
+    table = whole.table
+    assert table.trial.tolist() == list(range(8))
+    assert table.origin.tolist() == ["curve"] * 2 + ["sobol"] * 3 + ["model"] * 3
+    np.testing.assert_allclose(table[["tau_00", "tau_01"]][:2], [[2 / 3] * 2, [5 / 6] * 2])
+    assert (table.ask_seconds[:5] == 0).all()
+    assert (table.ask_seconds[5:] > 0).all()
+    assert table.clock.is_monotonic_increasing
+
+
+def test_finds_the_known_front(whole):
+    reached = pareto.hypervolume(pareto.objectives(whole.table, "kl"), toy.REFERENCE)
+    start = pareto.hypervolume(pareto.objectives(whole.table[:5], "kl"), toy.REFERENCE)
+    possible = pareto.hypervolume(toy.front(), toy.REFERENCE)
+    assert whole.hypervolume == reached
+    assert start < reached <= possible
+    assert reached > 0.75 * possible
+
+
+def test_ax_knows_every_trial_and_measures_the_same_hypervolume(whole):
+    experiment = whole.client._experiment
+    assert [trial.status for trial in experiment.trials.values()] == [TrialStatus.COMPLETED] * 8
+    # Ax's is in the objectives' own units.
+    ours = pareto.trace(pareto.objectives(whole.table, "kl"), toy.REFERENCE) * np.prod(toy.REFERENCE)
+    np.testing.assert_allclose(list(get_trace(experiment).values()), ours, rtol=1e-6)
+
+
+def test_the_reference_point_is_what_ax_optimises_against():
+    config = begin(toy.SPACE, Settings(axis="top1_drop", reference=(0.05, 1.0, 0.5)))._experiment.optimization_config
+    assert {t.metric_names[0]: t.bound for t in config.objective_thresholds} == {
+        "top1_drop": 0.05,
+        "macs_ratio": 1.0,
+        "bytes_ratio": 0.5,
+    }
+    assert "-top1_drop" in config.objective.expression
+
+
+def test_no_kernel_is_compiled(whole):
+    assert logei._load_attempted
+    assert logei._C is None
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(whole, tmp_path):
+    log = tmp_path / "log"
+    code = (
+        "from functools import partial; import test_search, toy;"
+        f"test_search.advance({str(tmp_path / 'search')!r}, 8, partial(toy.make_mortal, {str(log)!r}, 6))"
+    )
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent)
+    assert killed.returncode == -9
+    (folder,) = (tmp_path / "search").iterdir()
+    assert store.load_table(folder / "trials.parquet").trial.tolist() == [0, 1, 2, 3, 4, 5]
+    again = advance(tmp_path / "search", 8, lambda: toy.make_mortal(log, 6))
+    assert chosen(again).equals(chosen(whole)), "the trials of an uninterrupted search, bit by bit"
+    assert again.table.kl.tolist() == whole.table.kl.tolist()
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 8, "nothing is evaluated twice"
+
+
+def test_a_search_left_between_batches_and_workers_out_of_order_change_nothing(whole, tmp_path):
+    advance(tmp_path, 5)
+    search = Search(tmp_path, toy.SPACE, Settings(**QUICK))
+    for trial in reversed(search.ask(2)):
+        search.tell(trial, toy.measure(trial.configuration))
+    assert chosen(search).equals(chosen(whole)[:7])
+
+
+def test_seed_decides(tmp_path):
+    first, second = (advance(tmp_path, 5, seed=seed) for seed in (1, 2))
+    assert not chosen(first).equals(chosen(second))
+
+
+def test_trials_handed_out_come_again_until_told(tmp_path):
+    search = Search(tmp_path, toy.SPACE, Settings(**QUICK))
+    first = search.ask(3)
+    assert search.ask(3) == first == Search(tmp_path, toy.SPACE, Settings(**QUICK)).ask(3)
+    search.tell(first[1], toy.measure(first[1].configuration))
+    assert [trial.index for trial in search.ask(5)] == [0, 2, 3, 4]
+    with pytest.raises(ValueError, match="already been told"):
+        search.tell(first[1], {"kl": 0.0})
+
+
+def test_failed_trials_are_failed_in_ax_and_the_search_goes_on(tmp_path):
+    search = advance(tmp_path, 10, toy.make_touchy, n_curve=9, n_sobol=0, max_failures=9)
+    table = search.table
+    assert table.origin[9] == "model"
+    failing = (table.tau_00 > 0.9) | (table.tau_01 > 0.9)
+    assert failing.any()
+    assert (table.status == np.where(failing, "failed", "completed")).all()
+    assert "ArithmeticError: the first threshold is too high" in set(table.reason)
+    experiment = search.client._experiment
+    assert [experiment.trials[i].status for i in range(10)] == [STATUS[status] for status in table.status]
+    assert np.isfinite(search.hypervolume)
+
+
+def test_too_many_failures_stop_the_search(tmp_path):
+    with pytest.raises(RuntimeError, match="failed, more than max_failures=0"):
+        advance(tmp_path, 11, toy.make_touchy, n_curve=9, n_sobol=0, max_failures=0)
+    with pytest.raises(RuntimeError, match="more than max_failures=0"):
+        advance(tmp_path, 11, toy.make_touchy, n_curve=9, n_sobol=0, max_failures=0)
+
+
+@pytest.mark.parametrize(("noise", "expected"), [("none", 0.0), ("known", 0.001), ("inferred", None)])
+def test_what_ax_is_told_about_noise(tmp_path, noise, expected):
+    search = Search(tmp_path, toy.SPACE, Settings(**QUICK, noise=noise))
+    (trial,) = search.ask(1)
+    search.tell(trial, toy.measure(trial.configuration))
+    sems = search.client._experiment.lookup_data().df["sem"]
+    assert sems.isna().all() if expected is None else (sems == expected).all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "version 2, this package reads version 1"),
-        (lambda c: c.update(points=[]), "points must be a non-empty list"),
-        (lambda c: c.update(points={"a": 1}), "points must be a non-empty list"),
-        (lambda c: c["points"].append(3), r"points\[4\]\.thresholds must be"),
-        (lambda c: c["points"][1].pop("top1"), r"points\[1\]\.top1 is None"),
-        (lambda c: c["points"][0].update(macs_ratio="0.5"), r"points\[0\]\.macs_ratio is '0\.5'"),
-        (lambda c: c["points"][0].update(thresholds=[0.9, True]), r"points\[0\]\.thresholds\.1 is True"),
-        (lambda c: c["points"][0].update(thresholds=[0.9]), "same number of thresholds"),
-        (lambda c: c.pop("unmerged_top1"), "unmerged_top1 is None"),
-        (lambda c: c.update(model=3), "model is 3, not a string"),
+        ({"axis": "top5"}, "unknown accuracy axis 'top5'"),
+        ({"noise": "loud"}, "unknown noise 'loud'"),
+        ({"reference": (0.1, 1.0)}, "three positive numbers"),
+        ({"reference": (0.0, 1.0, 1.0)}, "three positive numbers"),
+        ({"n_curve": 1, "n_sobol": 0}, "a model needs trials to start from"),
     ],
 )
-def test_a_bad_policy_file_is_named(tmp_path, change, message):
-    path = tmp_path / "front.json"
-    search.save_front(FRONT, path)
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message) as caught:
-        tokmerge.load_front(path)
-    assert "front.json" in str(caught.value)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)
 
 
-def test_a_missing_policy_file():
-    with pytest.raises(FileNotFoundError):
-        tokmerge.load_front("nowhere/front.json")
+def test_a_trial_knows_its_configuration(tmp_path):
+    for trial in Search(tmp_path, toy.SPACE, Settings(**QUICK)).ask(2):
+        assert isinstance(trial, Trial)
+        assert trial.configuration == toy.SPACE.configuration(trial.parameters)

@@ -12,14 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokmerge.front import Front, load_front
     from tokmerge.policies import PiToMe, Policy, Threshold, TopR
-    from tokmerge.search import Front, load_front
     from tokmerge.vit import MergedViT, Record, patch, unmerge, unpatch
 
 # Loaded on first use, so that drawing figures from saved tables does not depend on the engine.
 _HOME = {
+    "front": ("Front", "load_front"),
     "policies": ("PiToMe", "Policy", "Threshold", "TopR"),
-    "search": ("Front", "load_front"),
     "vit": ("MergedViT", "Record", "patch", "unmerge", "unpatch"),
 }
 

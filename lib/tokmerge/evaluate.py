@@ -70,12 +70,15 @@ def run(
         merged: what `tokmerge.patch` gives (policy None evaluates the unmerged model).
         batches: the data, such as `tokmerge.data.batches` gives or `split_batch` cuts.
         total: number of images, for the progress bar.
-        description: shown beside the progress bar.
+        description: shown beside the progress bar; None for no bar.
     """
     device = next(merged.parameters()).device
     ids: list[str] = []
     parts: list[tuple[Tensor, ...]] = []
-    with torch.inference_mode(), tqdm(total=total, desc=description, unit="img", mininterval=2) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=total, desc=description, unit="img", mininterval=2, disable=description is None) as bar,
+    ):
         for batch in batches:
             logits, record = merged(batch.images.to(device))
             ids += batch.ids

@@ -1,5 +1,6 @@
 """How figures look: one palette, one size grid, the same bytes at every run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,14 @@ COLORS = {
     "fixed r": "#E69F00",
     "unmerged": "#333333",
     "accent": "#D55E00",
+    "search": "#009E73",
+    "ax": "#009E73",
+    "ax schedule": "#56B4E9",
+    "ax unseeded": "#F0E442",
+    "ax cosine": "#999999",
+    "sobol": "#CC79A7",
+    "nsga2": "#D55E00",
+    "uniform": "#0072B2",
 }
 
 
@@ -129,3 +138,71 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
     top1 = sweep[sweep.method == "unmerged"].top1.item()
     ax.axhline(100 * top1, color=COLORS["unmerged"], lw=0.9, ls="--", label="unmerged")
     ax.set(xlabel=f"{quantity}, merged / unmerged", xlim=(0, 1.02))
+
+
+LABELS = {
+    "kl": "KL(unmerged || merged)",
+    "root_kl": "root of KL(unmerged || merged)",
+    "loss_rise": "rise of the log-loss",
+    "top1_drop": "drop of top-1",
+    "macs_ratio": "MACs, merged / unmerged",
+    "bytes_ratio": "payload bytes, merged / unmerged",
+}
+
+
+def draw_front(
+    axes: Sequence[Axes], trials: pd.DataFrame, front: pd.DataFrame, grids: pd.DataFrame, axis: str, worst: float
+) -> None:
+    """Draw a front in its three pairwise projections, with what was tried and with the grid baselines.
+
+    Args:
+        axes: three.
+        trials: every completed trial of the search; columns axis, macs_ratio, bytes_ratio.
+        front: those on the front; the same columns.
+        grids: the baselines; the same columns and method ("uniform" or "fixed r").
+        axis: the accuracy axis.
+        worst: its end in the picture, the reference point's value.
+    """
+    projections = (("macs_ratio", axis), ("bytes_ratio", axis), ("macs_ratio", "bytes_ratio"))
+    names = {"uniform": "one threshold", "fixed r": "fixed r (ToMe)"}
+    for ax, (x, y) in zip(axes, projections, strict=True):
+        ax.scatter(trials[x], trials[y], s=9, color="0.75", label="trials")
+        for method, part in grids.groupby("method", sort=False):
+            part = part.sort_values("macs_ratio")
+            ax.plot(part[x], part[y], "o-", ms=2.8, lw=0.9, color=COLORS[str(method)], label=names[str(method)])
+        ax.scatter(front[x], front[y], s=22, color=COLORS["search"], label="Pareto front", zorder=3)
+        ax.set(xlabel=LABELS[x], ylabel=LABELS[y], xlim=(0, 1.02))
+        ax.set_ylim(0, worst if y == axis else 1.02)
+    axes[0].legend(loc="upper right")
+
+
+def draw_profile(ax: Axes, points: pd.DataFrame) -> None:
+    """Draw how thresholds run over the depth, a line per point.
+
+    Args:
+        ax: where to draw.
+        points: columns label and thresholds (one per block).
+    """
+    shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(points)))
+    for shade, point in zip(shades, points.itertuples(), strict=True):
+        ax.plot(range(len(point.thresholds)), point.thresholds, "o-", ms=3.5, lw=1.3, color=shade, label=point.label)
+    layers = range(len(points.thresholds.iloc[0]))
+    ax.set(xlabel="layer", ylabel="cosine threshold (1: off)", xticks=layers)
+    ax.legend(loc="lower right")
+
+
+def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
+    """Draw the hypervolume after n evaluations: the median over the seeds, and all of them as a band.
+
+    Args:
+        ax: where to draw.
+        traces: columns method, seed, evaluation (from 1), fraction (of the reference front's hypervolume).
+    """
+    for method, part in traces.groupby("method", sort=False):
+        over = part.groupby("evaluation").fraction
+        middle, color = over.median(), COLORS.get(str(method), "0.4")
+        ax.fill_between(middle.index, over.min(), over.max(), color=color, alpha=0.15, lw=0)
+        ax.plot(middle.index, middle, lw=1.4, color=color, label=str(method))
+    ax.axhline(1.0, color=COLORS["unmerged"], lw=0.9, ls="--", label="reference front")
+    ax.set(xlabel="evaluations", ylabel="hypervolume / reference front")
+    ax.legend(loc="lower right")

@@ -1,136 +1,247 @@
-"""Policy files: a small, versioned, validated document that holds the thresholds worth using.
+"""Multi-objective Bayesian optimisation of the thresholds with Ax: ask for trials, tell how they ended.
 
-A front is a set of operating points of one model, none better than another in accuracy, compute and
-bytes at once. `Front.pick` turns a requirement into a policy that `tokmerge.patch` runs.
+    search = Search(folder, space, Settings())
+    with workers.start(load, n) as evaluate:
+        while search.n < 64:
+            for trial, result in evaluate(search.ask(4)):
+                search.tell(trial, result)
+
+Nothing is lost when the process is killed: proposed trials are in Ax's own snapshot (``ax.json``) before they are
+evaluated, ended ones in ``trials.parquet`` before the next one starts, and opening the folder again goes on with what
+an uninterrupted search would have done.
 """
 
-import math
+import logging
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokmerge import store
-from tokmerge.policies import Threshold
+import pandas as pd
+from ax.adapter.registry import Generators
+from ax.api.client import Client
+from ax.api.configs import RangeParameterConfig
+from ax.generation_strategy.generation_node import GenerationNode
+from ax.generation_strategy.generation_strategy import GenerationStrategy
+from ax.generation_strategy.generator_spec import GeneratorSpec
+from ax.utils.common.logger import set_stderr_log_level
+from ax.utils.common.random import with_rng_seed
+from botorch.acquisition.multi_objective import logei
 
-FRONT_VERSION = 1
+from tokmerge import pareto, store
+from tokmerge.objective import AXES, COSTS, Space
+from tokmerge.trials import COMPLETED, Result, Trial, Trials
+
+set_stderr_log_level(logging.ERROR)
+# botorch would compile a C++ kernel the first time (half a minute), which saves a third of a second a trial and gives
+# other candidates than machines without a compiler get.
+logei._load_attempted = True
+
+NOISES = ("none", "known", "inferred")
 
 
 @dataclass(frozen=True)
-class Point:
-    """One operating point, measured on the front's data.
+class Settings:
+    """How to search.
 
     Attributes:
-        thresholds: cosine threshold of each block.
-        top1: accuracy, in [0, 1].
-        macs_ratio: multiply-accumulates, merged / unmerged.
-        bytes_ratio: payload bytes, merged / unmerged.
+        axis: what stands for accuracy, one of `tokmerge.objective.AXES`.
+        reference: worst value worth having of the accuracy axis, the MACs ratio and the bytes ratio. The unmerged
+            model is at (0, 1, 1). Ax's objective thresholds, and the corner the hypervolume is measured from.
+        n_curve: trials that start the search along the uniform-threshold curve.
+        n_sobol: space-filling trials after those (scrambled Sobol points); the model proposes all further ones.
+        start_knots: spread those over profiles that many knots describe, interpolated over the depth, instead of
+            over all parameters: in many dimensions nearly all points of the cube are jagged, and poor.
+        noise: what Ax is told about the values. ``"none"``: exact (they are, on these images); ``"known"``: with
+            their standard errors; ``"inferred"``: the model estimates it.
+        restarts: starting points of the acquisition function's optimiser (Ax's own default: 20).
+        raw_samples: points it chooses them from (Ax's own default: 1024).
+        max_failures: more failed trials than this stop the search.
+        seed: of everything random.
     """
 
-    thresholds: tuple[float, ...]
-    top1: float
-    macs_ratio: float
-    bytes_ratio: float
+    axis: str = "kl"
+    reference: tuple[float, float, float] = (0.1, 1.0, 1.0)
+    n_curve: int = 8
+    n_sobol: int = 8
+    start_knots: int | None = None
+    noise: str = "none"
+    restarts: int = 8
+    raw_samples: int = 256
+    max_failures: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.axis not in AXES:
+            raise ValueError(f"unknown accuracy axis {self.axis!r}: use one of {', '.join(AXES)}")
+        if self.noise not in NOISES:
+            raise ValueError(f"unknown noise {self.noise!r}: use one of {', '.join(NOISES)}")
+        if len(self.reference) != 3 or not all(value > 0 for value in self.reference):
+            raise ValueError(f"reference is {self.reference}: three positive numbers are needed")
+        if self.n_curve + self.n_sobol < 2:
+            raise ValueError("n_curve + n_sobol is below 2: a model needs trials to start from")
 
 
-@dataclass(frozen=True)
-class Front:
-    """Operating points of one model.
+class Search:
+    """A search that can be left and opened again at any time.
 
-    Attributes:
-        model: name of the model the thresholds were found for.
-        dataset: data they were measured on, split included.
-        unmerged_top1: the model's accuracy on that data without merging.
-        points: the operating points.
+    Args:
+        folder: where it is kept, in a folder of its own (see `tokmerge.trials.Trials`).
+        space: what is searched.
+        settings: how.
+        about: what else the trials depend on (data, model, images): the same search goes on, another begins anew.
     """
 
-    model: str
-    dataset: str
-    unmerged_top1: float
-    points: tuple[Point, ...]
+    def __init__(
+        self, folder: str | Path, space: Space, settings: Settings, about: Mapping[str, Any] | None = None
+    ) -> None:
+        self.space, self.settings = space, settings
+        everything = {**(about or {}), "space": space.bounds, **asdict(settings)}
+        # How many failures are borne changes no trial.
+        del everything["max_failures"]
+        self.trials = Trials(folder, everything, settings.max_failures)
+        self.folder = self.trials.folder
+        self._snapshot = self.folder / "ax.json"
+        if not self._snapshot.exists():
+            self._save(begin(space, settings))
+        self._pending = self._running(self.client)
+        self._ask_seconds = 0.0
 
-    def pick(
-        self, max_drop: float | None = None, max_macs: float | None = None, max_bytes: float | None = None
-    ) -> Threshold:
-        """The policy of the best point that meets every bound given.
+    @property
+    def client(self) -> Client:
+        """Ax's client, with every trial told so far."""
+        # From the snapshot the last proposals were saved in, and the table: always this way, and a search that was
+        # left proposes what an uninterrupted one does. Ax's snapshot rounds results, the table does not.
+        client = Client.load_from_json_file(str(self._snapshot))
+        for trial in self._running(client):
+            if trial.index not in self.trials:
+                continue
+            row = self.trials.row(trial.index)
+            if row["status"] == COMPLETED:
+                client.complete_trial(trial.index, raw_data=self._raw_data(row))
+            else:
+                client.mark_trial_failed(trial.index, failed_reason=row["reason"])
+        return client
 
-        With ``max_drop`` the best is the one with fewest MACs, without it the most accurate one.
+    @property
+    def n(self) -> int:
+        """Trials told so far, failed ones included."""
+        return len(self.trials)
 
-        Args:
-            max_drop: largest allowed loss of accuracy against the unmerged model (0.005: half a point).
-            max_macs: largest allowed MACs ratio, merged / unmerged.
-            max_bytes: largest allowed bytes ratio, merged / unmerged.
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per trial told."""
+        return self.trials.table
+
+    @property
+    def hypervolume(self) -> float:
+        """Share of the box below the reference point that the trials dominate."""
+        completed = self.trials.completed
+        if not len(completed):
+            return 0.0
+        return pareto.hypervolume(pareto.objectives(completed, self.settings.axis), self.settings.reference)
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to n trials to evaluate: those handed out and never told, or else new ones.
 
         Raises:
-            ValueError: no point meets the bounds; the message says which values can be reached.
-
-        >>> front = Front("vit", "toy", 0.9, (Point((0.9,), 0.89, 0.5, 0.2), Point((0.8,), 0.7, 0.2, 0.1)))
-        >>> front.pick(max_drop=0.02)
-        Threshold(thresholds=(0.9,))
+            RuntimeError: too many trials have failed.
         """
-        fitting = [
-            point
-            for point in self.points
-            # Half an ulp of slack: 0.9 - 0.895 is a hair above 0.005 in binary.
-            if (max_drop is None or self.unmerged_top1 - point.top1 <= max_drop + 1e-9)
-            and (max_macs is None or point.macs_ratio <= max_macs)
-            and (max_bytes is None or point.bytes_ratio <= max_bytes)
+        self.trials.check_failures()
+        left = [trial for trial in self._pending if trial.index not in self.trials]
+        if not left:
+            left = self._pending = self._propose(n)
+        return left[:n]
+
+    def tell(self, trial: Trial, result: Result) -> None:
+        """Record how a trial ended: what was measured, or the exception it ended with.
+
+        Raises:
+            ValueError: the trial has been told before.
+            RuntimeError: too many trials have failed.
+        """
+        self.trials.add(trial, result, ask_seconds=self._ask_seconds)
+
+    def _propose(self, n: int) -> list[Trial]:
+        start = time.monotonic()
+        client = self.client
+        # The snapshot does not keep a seed either: every step has its own.
+        with with_rng_seed(self.settings.seed * 1_000_003 + self.n):
+            client.get_next_trials(n)
+        self._save(client)
+        proposed = self._running(client)
+        self._ask_seconds = (time.monotonic() - start) / len(proposed)
+        return proposed
+
+    def _raw_data(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        names = (self.settings.axis, *COSTS)
+        if self.settings.noise == "inferred":
+            return {name: row[name] for name in names}
+        known = self.settings.noise == "known"
+        return {name: (row[name], row[f"{name}_sem"] if known else 0.0) for name in names}
+
+    def _running(self, client: Client) -> list[Trial]:
+        found = client.summarize(trial_statuses=["running"])
+        if not len(found):
+            return []
+        rows = found.to_dict("records")
+        choices = [{name: float(row[name]) for name in self.space.bounds} for row in rows]
+        return [
+            Trial(
+                index=int(row["trial_index"]),
+                origin=self._origin(int(row["trial_index"])),
+                parameters=choice,
+                configuration=self.space.configuration(choice),
+            )
+            for row, choice in zip(rows, choices, strict=True)
         ]
-        if not fitting:
-            least_drop = self.unmerged_top1 - max(point.top1 for point in self.points)
-            raise ValueError(
-                f"no point of the front ({self.model} on {self.dataset}) has max_drop={max_drop}, "
-                f"max_macs={max_macs}, max_bytes={max_bytes} together; taken one by one it reaches a drop of "
-                f"{least_drop:.4f}, MACs {min(point.macs_ratio for point in self.points):.3f}, "
-                f"bytes {min(point.bytes_ratio for point in self.points):.3f}"
-            )
-        if max_drop is None:
-            best = min(fitting, key=lambda point: (-point.top1, point.macs_ratio, point.bytes_ratio))
-        else:
-            best = min(fitting, key=lambda point: (point.macs_ratio, point.bytes_ratio, -point.top1))
-        return Threshold(best.thresholds)
+
+    def _origin(self, index: int) -> str:
+        n_curve, n_sobol = self.settings.n_curve, self.settings.n_sobol
+        return "curve" if index < n_curve else "sobol" if index < n_curve + n_sobol else "model"
+
+    def _save(self, client: Client) -> None:
+        with store.writing(self._snapshot) as temporary:
+            client.save_to_json_file(str(temporary))
 
 
-def save_front(front: Front, path: str | Path) -> None:
-    """Write a policy file."""
-    store.save_json({"version": FRONT_VERSION, **asdict(front)}, path)
+def begin(space: Space, settings: Settings) -> Client:
+    """A new Ax experiment with the trials it starts with attached."""
+    client = Client()
+    client.configure_experiment(
+        parameters=[
+            RangeParameterConfig(name=name, parameter_type="float", bounds=bounds)
+            for name, bounds in space.bounds.items()
+        ],
+        name="thresholds",
+    )
+    names = (settings.axis, *COSTS)
+    client.configure_optimization(
+        objective=", ".join(f"-{name}" for name in names),
+        # On a metric that is an objective, Ax takes a bound as its objective threshold.
+        outcome_constraints=[f"{name} <= {worst}" for name, worst in zip(names, settings.reference, strict=True)],
+    )
+    client.set_generation_strategy(strategy(settings))
+    for parameters in starts(space, settings):
+        client.attach_trial(parameters)
+    return client
 
 
-def load_front(path: str | Path) -> Front:
-    """Read and check a policy file.
+def starts(space: Space, settings: Settings) -> list[dict[str, float]]:
+    """The trials a search starts with: along the uniform-threshold curve, then space-filling."""
+    return space.curve(settings.n_curve) + space.sobol(settings.n_sobol, settings.seed, settings.start_knots)
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not a valid policy file; the message names file and entry.
+
+def strategy(settings: Settings) -> GenerationStrategy:
+    """Ax's default model, independent Gaussian processes under noisy expected hypervolume improvement, all the way.
+
+    What `Client.configure_generation_strategy` builds, without a start of its own and with a lighter optimiser.
     """
-    content = store.load_json(path)
-    if content.get("version") != FRONT_VERSION:
-        raise ValueError(f"{path}: version {content.get('version')!r}, this package reads version {FRONT_VERSION}")
-
-    def number(holder: dict[str, Any], key: str, where: str) -> float:
-        value = holder.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{path}: {where}{key} is {value!r}, not a number")
-        return float(value)
-
-    entries = content.get("points")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: points must be a non-empty list")
-    points = []
-    for index, entry in enumerate(entries):
-        where = f"points[{index}]."
-        thresholds = entry.get("thresholds") if isinstance(entry, dict) else None
-        if not isinstance(thresholds, list) or not thresholds:
-            raise ValueError(f"{path}: {where}thresholds must be a non-empty list of numbers")
-        values = dict(enumerate(thresholds))
-        points.append(
-            Point(
-                thresholds=tuple(number(values, key, f"{where}thresholds.") for key in values),  # type: ignore[arg-type]
-                **{key: number(entry, key, where) for key in ("top1", "macs_ratio", "bytes_ratio")},
-            )
-        )
-    if len({len(point.thresholds) for point in points}) != 1:
-        raise ValueError(f"{path}: all points need the same number of thresholds")
-    for key in ("model", "dataset"):
-        if not isinstance(content.get(key), str):
-            raise ValueError(f"{path}: {key} is {content.get(key)!r}, not a string")
-    return Front(content["model"], content["dataset"], number(content, "unmerged_top1", ""), tuple(points))
+    optimizer = {"num_restarts": settings.restarts, "raw_samples": settings.raw_samples}
+    model = GeneratorSpec(
+        generator_enum=Generators.BOTORCH_MODULAR,
+        generator_gen_kwargs={"model_gen_options": {"optimizer_kwargs": optimizer}},
+    )
+    node = GenerationNode(name="MBM", generator_specs=[model], should_deduplicate=True)
+    return GenerationStrategy(name="MBM", nodes=[node])

@@ -1,0 +1,232 @@
+"""What the search evaluates: a point of the search space is a configuration, a configuration has a price and a loss.
+
+Everything is measured on the same images as the unmerged model and relative to it, image by image: most of the
+noise of drawing those images cancels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokmerge import data, evaluate, models, paths, store
+from tokmerge.data import Batch
+from tokmerge.evaluate import Outcome
+from tokmerge.policies import Calibration, Observe, Policy, Threshold
+from tokmerge.vit import patch
+
+# What may stand on the accuracy axis; each is 0 for the unmerged model and grows as merging does harm.
+AXES = ("kl", "root_kl", "loss_rise", "top1_drop")
+COSTS = ("macs_ratio", "bytes_ratio")
+SPACES = ("calibrated", "cosine")
+# Raw cosines are searched from here to 1. Below, every layer of a trained model merges nearly all it can.
+LOWEST_COSINE = 0.5
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All that distinguishes one evaluation from another.
+
+    Attributes:
+        policy: what merges; None for nothing.
+        precision: of the token values in the payload.
+    """
+
+    policy: Policy | None
+    precision: str = "float16"
+
+    def row(self) -> dict[str, Any]:
+        """The configuration as columns of a table: policy, its own fields, precision."""
+        if self.policy is None:
+            return {"policy": "None", "precision": self.precision}
+        values = asdict(self.policy)  # type: ignore[call-overload]
+        return {"policy": type(self.policy).__name__, **values, "precision": self.precision}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Parameters to search over, and the configuration that a choice of them stands for.
+
+    Args:
+        kind: ``"calibrated"``: shares u of set A to merge, in [0, 1]. ``"cosine"``: cosine thresholds.
+        depth: number of blocks.
+        calibration: maps shares to thresholds; needed by ``"calibrated"``.
+        knots: None for one parameter per block; else this many, interpolated linearly over the depth.
+
+    Raises:
+        ValueError: unknown kind, a missing or unfitting calibration, or a number of knots outside 2 to depth.
+
+    >>> space = Space("cosine", depth=3, knots=2)
+    >>> space.configuration({"tau_00": 1.0, "tau_01": 0.5}).policy
+    Threshold(thresholds=(1.0, 0.75, 0.5))
+    """
+
+    kind: str
+    depth: int
+    calibration: Calibration | None = None
+    knots: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in SPACES:
+            raise ValueError(f"unknown search space {self.kind!r}: use one of {', '.join(SPACES)}")
+        if self.kind == "calibrated" and (self.calibration is None or len(self.calibration.quantiles) != self.depth):
+            raise ValueError(f"a calibrated space of {self.depth} blocks needs a calibration of {self.depth} layers")
+        if self.knots is not None and not 2 <= self.knots <= self.depth:
+            raise ValueError(f"{self.knots} knots over {self.depth} blocks: use 2 to {self.depth}, or None")
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value of each parameter."""
+        name, low = ("u", 0.0) if self.kind == "calibrated" else ("tau", LOWEST_COSINE)
+        return {f"{name}_{index:02d}": (low, 1.0) for index in range(self.knots or self.depth)}
+
+    def configuration(self, parameters: Mapping[str, float]) -> Configuration:
+        """The configuration that these parameters stand for."""
+        values = [float(parameters[name]) for name in self.bounds]
+        if self.knots is not None:
+            places = np.linspace(0, self.depth - 1, self.knots)
+            values = [float(value) for value in np.interp(range(self.depth), places, values)]
+        if self.calibration is not None and self.kind == "calibrated":
+            return Configuration(Threshold(self.calibration.thresholds(values)))
+        return Configuration(Threshold(values))
+
+    def curve(self, n: int) -> list[dict[str, float]]:
+        """n choices with all parameters equal, evenly spaced inside the bounds: the uniform-threshold curve."""
+        steps = [(index + 1) / (n + 1) for index in range(n)]
+        return [{name: low + (high - low) * step for name, (low, high) in self.bounds.items()} for step in steps]
+
+    def sobol(self, n: int, seed: int, knots: int | None = None) -> list[dict[str, float]]:
+        """n space-filling choices: scrambled Sobol points.
+
+        Args:
+            n: how many.
+            seed: of the scrambling.
+            knots: spread over profiles that this many knots describe; None: over all parameters.
+        """
+        if n == 0:
+            return []
+        count = len(self.bounds)
+        engine = torch.quasirandom.SobolEngine(knots or count, scramble=True, seed=seed)
+        points = engine.draw(n, dtype=torch.double).numpy()
+        if knots is not None:
+            places = np.linspace(0, count - 1, knots)
+            points = np.array([np.interp(range(count), places, point) for point in points])
+        return self.scale(points)
+
+    def scale(self, unit: np.ndarray) -> list[dict[str, float]]:
+        """Points of the unit cube as parameters: (n, parameters) -> n choices."""
+        limits = self.bounds.items()
+        return [
+            {name: low + (high - low) * float(x) for (name, (low, high)), x in zip(limits, row, strict=True)}
+            for row in unit
+        ]
+
+
+@dataclass
+class Objective:
+    """Evaluates configurations of one model on one set of images; the same configuration only once.
+
+    Args:
+        model: timm VisionTransformer.
+        images: the pre-processed search images.
+        batch_size: images per forward pass.
+    """
+
+    model: nn.Module
+    images: Batch
+    batch_size: int = 32
+    _outcomes: dict[Any, Outcome] = field(default_factory=dict, repr=False)
+    _measured: dict[Any, dict[str, float]] = field(default_factory=dict, repr=False)
+
+    def __call__(self, configuration: Configuration, n_images: int | None = None) -> dict[str, float]:
+        """Measure a configuration.
+
+        Args:
+            configuration: what to evaluate.
+            n_images: use only the first of the images: a cheap look with a larger standard error.
+
+        Returns:
+            Means over the images and their standard errors (``<name>_sem``): top1 and loss; kl, the divergence
+            KL(unmerged || merged) of the predicted distributions, and its root; loss_rise and top1_drop against the
+            unmerged model; macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged at float16; n_images.
+        """
+        n = len(self.images.ids) if n_images is None else n_images
+        if not 1 < n <= len(self.images.ids):
+            raise ValueError(f"cannot measure on {n} of {len(self.images.ids)} images")
+        key = (configuration, n)
+        if key not in self._measured:
+            self._measured[key] = compare(self._run(configuration, n), self.unmerged(n))
+        return dict(self._measured[key])
+
+    def unmerged(self, n_images: int | None = None) -> Outcome:
+        """What the unmerged model does with the first n images (all by default)."""
+        n = len(self.images.ids) if n_images is None else n_images
+        if n not in self._outcomes:
+            self._outcomes[n] = self._run(Configuration(None), n)
+        return self._outcomes[n]
+
+    def _run(self, configuration: Configuration, n: int) -> Outcome:
+        merged = patch(self.model, configuration.policy, precision=configuration.precision)
+        part = Batch(self.images.ids[:n], self.images.images[:n], self.images.labels[:n])
+        return evaluate.run(merged, evaluate.split_batch(part, self.batch_size))
+
+
+def compare(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
+    """Means and standard errors of a merged model's outcome against the unmerged model's, image by image."""
+    log_p, log_q = unmerged.logits.double().log_softmax(1), merged.logits.double().log_softmax(1)
+    hit = (merged.logits.argmax(1) == merged.labels).double()
+    loss = F.cross_entropy(merged.logits.double(), merged.labels, reduction="none")
+    columns = {
+        "top1": hit,
+        "loss": loss,
+        "kl": (log_p.exp() * (log_p - log_q)).sum(1),
+        "loss_rise": loss - F.cross_entropy(unmerged.logits.double(), merged.labels, reduction="none"),
+        "top1_drop": (unmerged.logits.argmax(1) == merged.labels).double() - hit,
+        "macs_ratio": merged.macs / unmerged.macs.double(),
+        "tokens_ratio": merged.tokens[:, -1] / unmerged.tokens[:, -1].double(),
+        "bytes_ratio": merged.payload_bytes / unmerged.payload_bytes.double(),
+    }
+    measured = {"n_images": float(len(hit))}
+    for name, values in columns.items():
+        measured |= {name: values.mean().item(), f"{name}_sem": _standard_error(values)}
+    # Rounding can leave the divergence of nearly equal distributions a hair below zero.
+    root = max(measured["kl"], 0.0) ** 0.5
+    # To first order; near zero, where that breaks down, the root of the mean's own error.
+    root_sem = min(measured["kl_sem"] / (2 * root), measured["kl_sem"] ** 0.5) if root else measured["kl_sem"] ** 0.5
+    return {**measured, "root_kl": root, "root_kl_sem": root_sem}
+
+
+def _standard_error(values: Tensor) -> float:
+    return (values.std() / len(values) ** 0.5).item()
+
+
+def load(inputs_dir: str, n_images: int, batch_size: int = 32) -> Objective:
+    """The objective on the first images of the search split that notebook 10_inputs settled on.
+
+    Workers call this in their own process, so all arguments are plain.
+
+    Raises:
+        FileNotFoundError: 10_inputs has not been run.
+        ValueError: the search split holds fewer images.
+    """
+    inputs = store.load_json(paths.need(f"{inputs_dir}/inputs.json", made_by="10_inputs"))
+    splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, search, _ = models.reload(inputs, splits, device)
+    if n_images > len(search):
+        raise ValueError(f"n_images is {n_images}, but the search split has {len(search)} images")
+    return Objective(model, data.tensors(data.subset(search, range(n_images)), models.transform(model)), batch_size)
+
+
+def calibrate(objective: Objective, n_images: int) -> Calibration:
+    """Each layer's distribution of best-match similarity, observed on the first of the objective's images."""
+    observer = Observe()
+    observing = patch(objective.model, observer)
+    images = objective.images
+    part = Batch(images.ids[:n_images], images.images[:n_images], images.labels[:n_images])
+    evaluate.run(observing, evaluate.split_batch(part, objective.batch_size))
+    return observer.calibration()

@@ -1,0 +1,148 @@
+"""What the model-based search is measured against: the same objective, the same table of trials, other proposals.
+
+A method is a generator: it yields configurations, a batch at a time, and is sent their (n, 3) objective values.
+`Rival` evaluates one with the ask and tell of `tokmerge.search.Search`. Methods are deterministic given their seed, so
+reopening a folder replays what has been measured and goes on.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.evaluator import Evaluator
+from pymoo.core.problem import Problem
+from pymoo.problems.static import StaticProblem
+
+from tokmerge.objective import COSTS, LOWEST_COSINE, Configuration, Space
+from tokmerge.policies import Threshold, TopR
+from tokmerge.trials import COMPLETED, Result, Trial, Trials
+
+Method = Generator[list[tuple[dict[str, float], Configuration]], np.ndarray, None]
+
+
+def sobol(space: Space, n: int, seed: int) -> Method:
+    """n scrambled Sobol points of the space."""
+    yield [(parameters, space.configuration(parameters)) for parameters in space.sobol(n, seed)]
+
+
+def nsga2(space: Space, population: int, seed: int) -> Method:
+    """NSGA-II (Deb et al., 2002) from pymoo, a generation at a time, for ever."""
+    problem = Problem(n_var=len(space.bounds), n_obj=1 + len(COSTS), xl=0.0, xu=1.0)
+    algorithm = NSGA2(pop_size=population).setup(problem, termination=("n_gen", 2**31), seed=seed)
+    while True:
+        generation = algorithm.ask()
+        choices = space.scale(generation.get("X"))
+        values = yield [(parameters, space.configuration(parameters)) for parameters in choices]
+        Evaluator().eval(StaticProblem(problem, F=values), generation)
+        algorithm.tell(infills=generation)
+
+
+def uniform(n: int) -> Method:
+    """One cosine threshold for all blocks, n of them from 1 downwards."""
+    grid = np.linspace(LOWEST_COSINE, 1.0, n, endpoint=False)
+    yield [({}, Configuration(Threshold(float(tau)))) for tau in _scattered(grid)]
+
+
+def fixed_r(depth: int, n_tokens: int, n: int) -> Method:
+    """ToMe's settings, n of them: every constant r, then schedules whose r changes linearly over the depth.
+
+    Args:
+        depth: number of blocks.
+        n_tokens: tokens that may merge.
+        n: how many settings.
+    """
+    most = n_tokens // depth
+    constant = [(r,) * depth for r in _scattered(range(1, most + 1))]
+    step = max(1, most // 8)
+    ends = [(first, last) for first in range(0, 2 * most + 1, step) for last in range(0, 2 * most + 1, step)]
+    linear = [tuple(int(r) for r in np.linspace(first, last, depth).round()) for first, last in _scattered(ends)]
+    distinct = list(dict.fromkeys(schedule for schedule in constant + linear if any(schedule)))
+    yield [({}, Configuration(TopR(schedule))) for schedule in distinct[:n]]
+
+
+def _scattered(grid: Sequence[Any] | np.ndarray) -> list[Any]:
+    """The grid in an order whose every beginning covers it evenly (van der Corput's).
+
+    >>> _scattered([0, 1, 2, 3, 4])
+    [0, 4, 2, 1, 3]
+    """
+    bits = max(1, (len(grid) - 1).bit_length())
+    order = sorted(range(2**bits), key=lambda place: f"{place:0{bits}b}"[::-1])
+    return [grid[place] for place in order if place < len(grid)]
+
+
+class Rival:
+    """Trials of one method, with the ask and tell of `tokmerge.search.Search`.
+
+    Args:
+        folder: where the trials are kept, in a folder of their own (see `tokmerge.trials.Trials`).
+        name: what the method is called in the table.
+        method: what proposes them.
+        axis: the accuracy axis the method is told.
+        reference: reference point; a failed trial is told twice that.
+        about: what the trials depend on, the method's own settings and seed included.
+        max_failures: more failed trials than this stop the run.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        method: Method,
+        axis: str,
+        reference: Sequence[float],
+        about: Mapping[str, Any],
+        max_failures: int = 5,
+    ) -> None:
+        self.trials = Trials(
+            folder, {**about, "method": name, "axis": axis, "reference": list(reference)}, max_failures
+        )
+        self._name, self._axis, self._failed = name, axis, 2 * np.asarray(reference, float)
+        self._batches = self._generations(method)
+        self._batch: list[Trial] = []
+
+    @property
+    def n(self) -> int:
+        """Trials told so far, failed ones included."""
+        return len(self.trials)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per trial told."""
+        return self.trials.table
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to n trials to evaluate; none when the method has no more to propose."""
+        self.trials.check_failures()
+        while not (left := [trial for trial in self._batch if trial.index not in self.trials]):
+            self._batch = next(self._batches, [])
+            if not self._batch:
+                return []
+        return left[:n]
+
+    def tell(self, trial: Trial, result: Result) -> None:
+        """Record how a trial ended."""
+        self.trials.add(trial, result, ask_seconds=0.0)
+
+    def _generations(self, method: Method) -> Generator[list[Trial], None, None]:
+        proposals, first = next(method), 0
+        while True:
+            batch = [
+                Trial(first + place, self._name, parameters, configuration)
+                for place, (parameters, configuration) in enumerate(proposals)
+            ]
+            yield batch
+            first += len(batch)
+            try:
+                proposals = method.send(np.array([self._values(trial) for trial in batch]))
+            except StopIteration:
+                return
+
+    def _values(self, trial: Trial) -> np.ndarray:
+        row = self.trials.row(trial.index)
+        if row["status"] != COMPLETED:
+            return self._failed
+        return np.array([row[name] for name in (self._axis, *COSTS)])

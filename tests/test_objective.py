@@ -1,0 +1,173 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import build
+from tokmerge import data, evaluate, objective, store
+from tokmerge.data import Batch
+from tokmerge.evaluate import Outcome
+from tokmerge.objective import Configuration, Objective, Space
+from tokmerge.policies import Calibration, Threshold, TopR
+
+CALIBRATION = Calibration(np.tile(np.linspace(0.5, 1, 11), (4, 1)))
+
+
+@pytest.fixture
+def measured(images):
+    return Objective(build(), Batch([f"i{n}" for n in range(5)], images, torch.tensor([0, 1, 2, 3, 4])), batch_size=2)
+
+
+def outcome(logits, macs, tokens, size):
+    n = len(logits)
+    return Outcome(
+        ids=[str(i) for i in range(n)],
+        labels=torch.tensor([0, 1]),
+        logits=torch.tensor(logits),
+        tokens=torch.tensor([[9, t] for t in tokens]),
+        macs=torch.tensor(macs),
+        payload_bytes=torch.tensor(size),
+    )
+
+
+def test_compare_by_hand():
+    unmerged = outcome([[np.log(3.0), 0.0], [0.0, 0.0]], [100, 100], [8, 8], [50, 50])
+    merged = outcome([[0.0, 0.0], [np.log(3.0), 0.0]], [50, 70], [4, 2], [25, 10])
+    found = objective.compare(merged, unmerged)
+    kl = np.array([0.75 * np.log(1.5) + 0.25 * np.log(0.5), 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)])
+    loss = np.array([np.log(2), np.log(4)])
+    rise = loss - [np.log(4 / 3), np.log(2)]
+    assert found["n_images"] == 2
+    for name, values in {
+        "kl": kl,
+        "loss": loss,
+        "loss_rise": rise,
+        # Of two equal logits the first counts as the prediction.
+        "top1": np.array([1, 0]),
+        "top1_drop": np.array([0, 0]),
+        "macs_ratio": np.array([0.5, 0.7]),
+        "tokens_ratio": np.array([0.5, 0.25]),
+        "bytes_ratio": np.array([0.5, 0.2]),
+    }.items():
+        assert found[name] == pytest.approx(values.mean()), name
+        assert found[f"{name}_sem"] == pytest.approx(values.std(ddof=1) / 2**0.5), name
+    assert found["root_kl"] == pytest.approx(kl.mean() ** 0.5)
+    assert found["root_kl_sem"] == pytest.approx(found["kl_sem"] / (2 * kl.mean() ** 0.5))
+
+
+def test_no_merging_costs_nothing(measured):
+    for configuration in (Configuration(None), Configuration(Threshold(1.0))):
+        found = measured(configuration)
+        for axis in objective.AXES:
+            assert found[axis] == pytest.approx(0, abs=1e-7)
+            assert found[f"{axis}_sem"] == pytest.approx(0, abs=1e-7)
+        assert [found[name] for name in objective.COSTS] == [1, 1]
+
+
+def test_ratios_are_those_of_the_patched_model(measured):
+    found = measured(Configuration(TopR(6)))
+    ratio = measured._run(Configuration(TopR(6)), 5).macs / measured.unmerged().macs
+    assert found["macs_ratio"] == pytest.approx(ratio.mean().item())
+    assert found["tokens_ratio"] == pytest.approx((65 - 4 * 6) / 65)
+    assert found["kl"] > 0
+    half = measured(Configuration(None, precision="int8"))
+    assert half["bytes_ratio"] < 0.7, "relative to the payload at float16"
+
+
+def test_a_configuration_is_evaluated_once(measured, monkeypatch):
+    runs = []
+    real = evaluate.run
+    monkeypatch.setattr(evaluate, "run", lambda *args: runs.append(1) or real(*args))
+    first = measured(Configuration(Threshold([0.5] * 4)))
+    first["kl"] = -1
+    assert measured(Configuration(Threshold([0.5] * 4)))["kl"] >= 0, "a copy"
+    assert len(runs) == 2, "the unmerged model and this one"
+    measured(Configuration(Threshold([0.5] * 4)), n_images=3)
+    assert len(runs) == 4, "fewer images are another measurement"
+
+
+def test_a_cheap_look_uses_the_first_images(measured):
+    few = measured(Configuration(Threshold(0.5)), n_images=3)
+    alone = Objective(measured.model, Batch(*(part[:3] for part in measured.images)))
+    assert few == pytest.approx(alone(Configuration(Threshold(0.5))), abs=1e-6)
+    with pytest.raises(ValueError, match="cannot measure on 6 of 5"):
+        measured(Configuration(None), n_images=6)
+
+
+def test_calibration_is_the_similarity_of_the_unmerged_model(measured):
+    found = objective.calibrate(measured, 5).quantiles
+    assert found.shape == (4, 1001)
+    assert (np.diff(found) >= 0).all()
+    assert not np.allclose(found, objective.calibrate(measured, 2).quantiles)
+
+
+def test_spaces_map_parameters_to_thresholds():
+    calibrated = Space("calibrated", 4, CALIBRATION)
+    assert list(calibrated.bounds) == ["u_00", "u_01", "u_02", "u_03"]
+    point = dict(zip(calibrated.bounds, (0.0, 0.2, 0.5, 1.0), strict=True))
+    assert calibrated.configuration(point).policy == Threshold(CALIBRATION.thresholds([0.0, 0.2, 0.5, 1.0]))
+    raw = Space("cosine", 4)
+    assert set(raw.bounds.values()) == {(objective.LOWEST_COSINE, 1.0)}
+    thresholds = [0.9, 0.8, 0.7, 0.6]
+    assert raw.configuration(dict(zip(raw.bounds, thresholds, strict=True))).policy == Threshold(thresholds)
+
+
+def test_knots_are_interpolated_over_the_depth():
+    schedule = Space("calibrated", 4, CALIBRATION, knots=2)
+    assert list(schedule.bounds) == ["u_00", "u_01"]
+    found = schedule.configuration({"u_00": 0.0, "u_01": 0.9}).policy
+    np.testing.assert_allclose(found.thresholds, CALIBRATION.thresholds([0.0, 0.3, 0.6, 0.9]))
+    full = Space("calibrated", 4, CALIBRATION, knots=4)
+    point = {f"u_{i:02d}": i / 4 for i in range(4)}
+    assert full.configuration(point) == Space("calibrated", 4, CALIBRATION).configuration(point)
+
+
+def test_curve_and_sobol_points_are_inside_the_bounds():
+    space = Space("cosine", 4)
+    assert [set(point.values()) for point in space.curve(3)] == [{0.625}, {0.75}, {0.875}]
+    points = space.sobol(16, seed=1)
+    values = np.array([list(point.values()) for point in points])
+    assert values.shape == (16, 4)
+    assert ((values >= 0.5) & (values <= 1)).all()
+    # Space-filling: of 16 points every half of every parameter holds 8.
+    assert ((values < 0.75).sum(0) == 8).all()
+    assert points == space.sobol(16, seed=1) != space.sobol(16, seed=2)
+    smooth = np.array([list(point.values()) for point in space.sobol(8, seed=1, knots=2)])
+    np.testing.assert_allclose(np.diff(smooth, n=2), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cubic", 4), "unknown search space 'cubic': use one of calibrated, cosine"),
+        (("calibrated", 4), "needs a calibration of 4 layers"),
+        (("calibrated", 5, CALIBRATION), "needs a calibration of 5 layers"),
+        (("cosine", 4, None, 1), "1 knots over 4 blocks: use 2 to 4"),
+    ],
+)
+def test_bad_spaces_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Space(*arguments)
+
+
+def test_rows_say_what_was_evaluated():
+    assert Configuration(TopR((2, 1))).row() == {"policy": "TopR", "r": (2, 1), "precision": "float16"}
+    assert Configuration(None, "int8").row() == {"policy": "None", "precision": "int8"}
+
+
+def test_load_takes_search_images_only(tmp_path):
+    search = data.load("sample", "train")
+    test = data.load("sample", "test")
+    parts = [("search", search.ids[:40]), ("test", list(test.ids))]
+    store.save_table(
+        pd.DataFrame([(i, part) for part, ids in parts for i in ids], columns=["id", "split"]),
+        tmp_path / "splits.parquet",
+    )
+    params = {"model_name": "fashion-vit", "checkpoint": None, "dataset": "sample", "data_path": None}
+    params |= {"search_source": "train", "test_source": "test"}
+    store.save_json({"params": params}, tmp_path / "inputs.json")
+    loaded = objective.load(str(tmp_path), n_images=8)
+    assert loaded.images.ids == list(search.ids[:8])
+    with pytest.raises(ValueError, match="n_images is 41, but the search split has 40 images"):
+        objective.load(str(tmp_path), n_images=41)
+    with pytest.raises(FileNotFoundError, match="10_inputs"):
+        objective.load(str(tmp_path / "nowhere"), n_images=8)
