@@ -71,10 +71,10 @@ def test_pad_puts_every_row_in_its_place_and_marks_padding(lengths):
         first += n
 
 
-def test_large_images_take_the_exact_path_with_the_same_result(monkeypatch):
+def test_large_images_take_the_fused_kernel_with_the_same_result(monkeypatch):
     q, k, v, sizes = tokens()
     qkv, layout = torch.stack([q, k, v], dim=1), Layout(torch.tensor(LENGTHS))
     small = packed.attend(qkv, layout, sizes)
-    monkeypatch.setattr(packed, "PADDED_ATTENTION_MAX_VALUES", 0)
-    monkeypatch.setattr(packed, "attend_padded", None)
+    monkeypatch.setattr(packed, "PLAIN_PRODUCTS_MAX_TOKENS", 0)
+    monkeypatch.setattr(torch, "bmm", None)
     torch.testing.assert_close(packed.attend(qkv, layout, sizes), small)

@@ -6,35 +6,13 @@ as they are, without padding; only attention and matching need to know which row
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Below this many values per image (tokens x attn_dim), a few padded attention calls beat a loop of exact
-# per-image calls on a CPU: those are then too short to pay for themselves.
-PADDED_ATTENTION_MAX_VALUES = 32_768
-# Images that share a padded attention call on a CPU.
-BLOCK_IMAGES = 8
-# Up to this many tokens two batched products beat the fused kernel on a CPU: its blocks are then mostly empty.
-PLAIN_PRODUCTS_MAX_TOKENS = 144
-
-
-class Blocks(NamedTuple):
-    """A ragged batch as a few padded blocks, one after the other in P rows.
-
-    Attributes:
-        shapes: images and padded token count of each block.
-        rows: (P,) packed row behind each padded one (the image's last where there is none).
-        valid: (P,) bool, which padded rows hold a token.
-        positions: (T,) padded row of each packed one.
-    """
-
-    shapes: list[tuple[int, int]]
-    rows: Tensor
-    valid: Tensor
-    positions: Tensor
+# Up to this many tokens two batched products are at least as fast as the fused kernel on a CPU.
+PLAIN_PRODUCTS_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -84,26 +62,6 @@ class Layout:
         """(B * longest,) packed row behind each padded position (any row where there is none)."""
         positions = torch.arange(self.longest, device=self.lengths.device) + self.offsets[:, None]
         return positions.clamp_(max=sum(self.counts) - 1).flatten()
-
-    @cached_property
-    def blocks(self) -> "Blocks":
-        """The images sorted by length and padded in groups of `BLOCK_IMAGES`: little padding, few calls."""
-        device = self.lengths.device
-        order = sorted(range(len(self.counts)), key=self.counts.__getitem__)
-        groups = [order[i : i + BLOCK_IMAGES] for i in range(0, len(order), BLOCK_IMAGES)]
-        shapes = [(len(group), self.counts[group[-1]]) for group in groups]
-        image = torch.tensor(order, device=device)
-        widths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)], device=device)
-        starts = widths.cumsum(0) - widths
-        total = sum(images * tokens for images, tokens in shapes)
-        slot = torch.arange(len(order), device=device).repeat_interleave(widths, output_size=total)
-        within = torch.arange(total, device=device) - starts[slot]
-        last = (self.lengths[image] - 1)[slot]
-        rows = self.offsets[image][slot] + within.minimum(last)
-        shift = torch.empty_like(starts)
-        shift[image] = starts - self.offsets[image]
-        positions = torch.arange(sum(self.counts), device=device) + shift[self.image]
-        return Blocks(shapes, rows, within <= last, positions)
 
     def pad(self, rows: Tensor) -> Tensor:
         """(T, ...) -> (B, longest, ...); positions where `valid` is False hold arbitrary rows."""
@@ -165,60 +123,36 @@ def attend(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """
     if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and not (layout.uniform and sizes is None):
         return attend_varlen(qkv, layout, sizes)
-    if layout.uniform or qkv.is_cuda or layout.longest * qkv[0, 0].numel() <= PADDED_ATTENTION_MAX_VALUES:
+    if qkv.is_cuda or (layout.uniform and sizes is None):
         return attend_padded(qkv, layout, sizes)
     return attend_each(qkv, layout, sizes)
 
 
 def attend_padded(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
-    """`attend` in a few padded calls, images of similar length together; padding keys are masked out exactly."""
-    if layout.uniform:
-        bias = None if sizes is None else layout.pad(sizes.log().to(qkv.dtype))
-        return _attend_block(layout.pad(qkv), bias).flatten(0, 1)
-    blocks = layout.blocks
-    padded = qkv.index_select(0, blocks.rows)
-    bias = qkv.new_zeros(len(blocks.rows)) if sizes is None else sizes.log().to(qkv.dtype).index_select(0, blocks.rows)
-    bias = bias.masked_fill_(~blocks.valid, float("-inf"))
-    outs, first = [], 0
-    for images, tokens in blocks.shapes:
-        part = slice(first, first + images * tokens)
-        block = padded[part].view(images, tokens, *qkv.shape[1:])
-        outs.append(_attend_block(block, bias[part].view(images, tokens)).flatten(0, 1))
-        first += images * tokens
-    return torch.cat(outs).index_select(0, blocks.positions)
-
-
-def _attend_block(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of (B, N, 3, H, d) with a (B, N) bias on the keys: (B, N, H * d)."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if bias is None:
-        out = F.scaled_dot_product_attention(q, k, v)
-    elif qkv.is_cuda or qkv.shape[1] > PLAIN_PRODUCTS_MAX_TOKENS:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :])
-    else:
-        out = _plain_products(q, k, v, bias[:, None, None, :])
-    return out.transpose(1, 2).flatten(2)
-
-
-def _plain_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """scaled_dot_product_attention of (B, H, N, d) with a (B, 1, 1, N) bias, as two batched products."""
-    batch, heads, n, d = q.shape
-    bias = bias.expand(batch, heads, 1, n).reshape(batch * heads, 1, n)
-    scores = torch.baddbmm(bias, q.reshape(-1, n, d), k.reshape(-1, n, d).transpose(1, 2), alpha=d**-0.5)
-    return torch.bmm(scores.softmax(-1), v.reshape(-1, n, d)).view(batch, heads, n, d)
+    """`attend` in one call on the padded batch; padding keys are masked out exactly."""
+    q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4)
+    bias = None if sizes is None else layout.pad(sizes.log().to(qkv.dtype))
+    if not layout.uniform:
+        bias = q.new_zeros(layout.valid.shape) if bias is None else bias
+        bias = bias.masked_fill(~layout.valid, float("-inf"))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None, None, :])
+    out = out.transpose(1, 2).flatten(2)
+    return out.flatten(0, 1) if layout.uniform else out[layout.valid]
 
 
 def attend_each(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """`attend` image by image: no row is copied and none is padded."""
-    bias = None if sizes is None else sizes.log().to(qkv.dtype)
-    parts, first = [], 0
-    for count in layout.counts:
-        rows = slice(first, first + count)
-        q, k, v = qkv[rows].permute(1, 2, 0, 3).unsqueeze(1)
-        mask = None if bias is None else bias[None, None, None, rows]
-        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1))
-        first += count
-    return torch.cat(parts)
+    bias = qkv.new_zeros(len(qkv)) if sizes is None else sizes.log().to(qkv.dtype)
+    outs = []
+    for part, key_bias in zip(qkv.split(layout.counts), bias.split(layout.counts), strict=True):
+        q, k, v = part.permute(1, 2, 0, 3).unbind()
+        if len(part) <= PLAIN_PRODUCTS_MAX_TOKENS:
+            scores = torch.baddbmm(key_bias, q, k.mT, alpha=qkv.shape[-1] ** -0.5)
+            out = torch.bmm(scores.softmax(-1), v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias[None])
+        outs.append(out.transpose(0, 1))
+    return torch.cat(outs).flatten(1)
 
 
 def append_size_coordinate(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
