@@ -27,6 +27,15 @@ COLORS = {
     "nsga2": "#D55E00",
     "uniform": "#0072B2",
 }
+LABELS = {
+    "kl": "KL(unmerged || merged)",
+    "root_kl": "root of KL(unmerged || merged)",
+    "loss_rise": "rise of the log-loss",
+    "top1_drop": "drop of top-1",
+    "macs_ratio": "MACs, merged / unmerged",
+    "tokens_ratio": "tokens left, merged / unmerged",
+    "bytes_ratio": "payload bytes, merged / unmerged",
+}
 
 
 def style() -> None:
@@ -127,7 +136,6 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
         sweep: columns method, top1, top1_low, top1_high and the ratio; one row of method "unmerged".
         column: macs_ratio, tokens_ratio or bytes_ratio.
     """
-    quantity = {"macs_ratio": "MACs", "tokens_ratio": "tokens left", "bytes_ratio": "payload bytes"}[column]
     labels = {"threshold": "one threshold (per image)", "fixed r": "fixed r (ToMe)"}
     for method, part in sweep[sweep.method != "unmerged"].groupby("method", sort=False):
         error = 100 * np.array([part.top1 - part.top1_low, part.top1_high - part.top1])
@@ -137,17 +145,7 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
         )  # fmt: skip
     top1 = sweep[sweep.method == "unmerged"].top1.item()
     ax.axhline(100 * top1, color=COLORS["unmerged"], lw=0.9, ls="--", label="unmerged")
-    ax.set(xlabel=f"{quantity}, merged / unmerged", xlim=(0, 1.02))
-
-
-LABELS = {
-    "kl": "KL(unmerged || merged)",
-    "root_kl": "root of KL(unmerged || merged)",
-    "loss_rise": "rise of the log-loss",
-    "top1_drop": "drop of top-1",
-    "macs_ratio": "MACs, merged / unmerged",
-    "bytes_ratio": "payload bytes, merged / unmerged",
-}
+    ax.set(xlabel=LABELS[column], xlim=(0, 1.02))
 
 
 def draw_front(
