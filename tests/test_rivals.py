@@ -9,11 +9,8 @@ from tokmerge.rivals import Rival
 def advance(folder, name, method, n, factory=toy.plain, batch=4):
     """Run a method until it has n trials or no more to propose."""
     rival = Rival(folder, name, method, "kl", toy.REFERENCE, {"seed": 0})
-    with workers.start(factory) as evaluate:
-        while proposed := rival.ask(min(batch, n - rival.n)):
-            for trial, result in evaluate(proposed):
-                rival.tell(trial, result)
-    return rival
+    with workers.start(factory(), factory) as evaluate:
+        return toy.drive(rival, n, evaluate, batch)
 
 
 def volume(table):

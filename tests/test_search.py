@@ -11,6 +11,8 @@ from ax.core.trial_status import TrialStatus
 from ax.service.utils.best_point import get_trace
 from botorch.acquisition.multi_objective import logei
 from tokmerge import pareto, store, workers
+from tokmerge.objective import Space
+from tokmerge.policies import Calibration
 from tokmerge.search import Search, Settings, begin
 from tokmerge.trials import Trial
 
@@ -21,11 +23,8 @@ STATUS = {"completed": TrialStatus.COMPLETED, "failed": TrialStatus.FAILED}
 def advance(folder, n, factory=toy.plain, batch=2, **settings):
     """Run a search until it has n trials."""
     search = Search(folder, toy.SPACE, Settings(**{**QUICK, **settings}))
-    with workers.start(factory) as evaluate:
-        while search.n < n:
-            for trial, result in evaluate(search.ask(min(batch, n - search.n))):
-                search.tell(trial, result)
-    return search
+    with workers.start(factory(), factory) as evaluate:
+        return toy.drive(search, n, evaluate, batch)
 
 
 def chosen(search):
@@ -103,6 +102,14 @@ def test_a_search_left_between_batches_and_workers_out_of_order_change_nothing(w
     for trial in reversed(search.ask(2)):
         search.tell(trial, toy.measure(trial.configuration))
     assert chosen(search).equals(chosen(whole)[:7])
+
+
+def test_another_space_is_another_search(tmp_path):
+    low, high = (Calibration(np.tile(np.linspace(start, 1, 11), (3, 1))) for start in (0.2, 0.5))
+    spaces = [Space("calibrated", 3, low), Space("calibrated", 3, high), Space("calibrated", 3, low, knots=3)]
+    folders = [Search(tmp_path, space, Settings(**QUICK)).folder for space in [*spaces, spaces[0]]]
+    assert len(set(folders)) == 3
+    assert folders[0] == folders[3]
 
 
 def test_seed_decides(tmp_path):

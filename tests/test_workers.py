@@ -25,28 +25,26 @@ def kl(pairs):
 
 
 def search_with(evaluate, folder):
-    search = Search(folder, toy.SPACE, QUICK)
-    while search.n < 6:
-        for trial, result in evaluate(search.ask(min(2, 6 - search.n))):
-            search.tell(trial, result)
-    return search.table[["trial", "tau_00", "tau_01", "kl", "macs_ratio"]]
+    return toy.drive(Search(folder, toy.SPACE, QUICK), 6, evaluate, 2).table[
+        ["trial", "tau_00", "tau_01", "kl", "macs_ratio"]
+    ]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    with workers.start(toy.plain) as evaluate:
+    with workers.start(toy.measure, toy.plain) as evaluate:
         return search_with(evaluate, tmp_path_factory.mktemp("alone"))
 
 
 def test_results_carry_their_time_and_failures_their_exception():
-    with workers.start(toy.make_touchy) as evaluate:
+    with workers.start(toy.touchy, toy.make_touchy) as evaluate:
         good, bad = (result for _, result in evaluate(trials(0.7, 0.95)))
     assert good["seconds"] >= 0
     assert isinstance(bad, ArithmeticError)
 
 
-def test_in_this_process_trials_end_one_by_one():
-    with workers.start(toy.plain) as evaluate:
+def test_in_this_process_trials_end_one_by_one_and_nothing_is_made_anew():
+    with workers.start(toy.measure, factory=lambda: pytest.fail("made anew")) as evaluate:
         assert next(evaluate(trials(0.6, 0.7)))[0].index == 0
 
 
@@ -63,7 +61,7 @@ def check(evaluate, alone, folder, death):
 
 def test_processes(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "ATTEMPTS", 2)
-    with workers.start(partial(toy.make_mortal, tmp_path / "log", 1), workers=2) as evaluate:
+    with workers.start(toy.measure, partial(toy.make_mortal, tmp_path / "log", 1), workers=2) as evaluate:
         check(evaluate, alone, tmp_path, workers.BrokenProcessPool)
 
 
@@ -79,17 +77,19 @@ def cluster():
 
 def test_ray(alone, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "ATTEMPTS", 2)
-    with workers.start(partial(toy.make_mortal, tmp_path / "log", 1), workers=2, ray_address=cluster) as evaluate:
+    with workers.start(
+        toy.measure, partial(toy.make_mortal, tmp_path / "log", 1), workers=2, ray_address=cluster
+    ) as evaluate:
         check(evaluate, alone, tmp_path, ray.exceptions.RayError)
 
 
 def test_bad_workers_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="workers is 0"), workers.start(toy.plain, workers=0):
+    with pytest.raises(ValueError, match="workers is 0"), workers.start(toy.measure, toy.plain, workers=0):
         pass
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(ModuleNotFoundError, match=r"pip install 'tokmerge\[ray\]'"),
-        workers.start(toy.plain, ray_address="auto"),
+        workers.start(toy.measure, toy.plain, ray_address="auto"),
     ):
         pass
 

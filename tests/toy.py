@@ -30,6 +30,14 @@ def front(n=400):
     return np.stack([0.1 * second**2, 1 - 0.8 * second, (1 - second) ** 2], axis=1)
 
 
+def drive(run, n, evaluate, batch):
+    """Ask, evaluate and tell until there are n trials or no more to propose."""
+    while run.n < n and (proposed := run.ask(min(batch, n - run.n))):
+        for trial, result in evaluate(proposed):
+            run.tell(trial, result)
+    return run
+
+
 def plain():
     return measure
 

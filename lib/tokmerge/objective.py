@@ -4,7 +4,7 @@ Everything is measured on the same images as the unmerged model and relative to 
 noise of drawing those images cancels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -83,6 +83,12 @@ class Space:
         """Lowest and highest value of each parameter."""
         name, low = ("u", 0.0) if self.kind == "calibrated" else ("tau", LOWEST_COSINE)
         return {f"{name}_{index:02d}": (low, 1.0) for index in range(self.knots or self.depth)}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells this space from another: bounds, depth, knots, and the layers' mean similarities."""
+        means = None if self.calibration is None else self.calibration.quantiles.mean(1).round(5).tolist()
+        return {"bounds": self.bounds, "depth": self.depth, "knots": self.knots, "calibration": means}
 
     def configuration(self, parameters: Mapping[str, float]) -> Configuration:
         """The configuration that these parameters stand for."""
@@ -169,10 +175,20 @@ class Objective:
             self._outcomes[n] = self._run(Configuration(None), n)
         return self._outcomes[n]
 
+    @property
+    def about(self) -> dict[str, float]:
+        """What measurements depend on: the number of images, and what the unmerged model does with them."""
+        unmerged = self.unmerged().summary()
+        return {"n_images": unmerged["n_images"], "loss": round(unmerged["loss"], 5), "macs": unmerged["macs"]}
+
+    def batches(self, n_images: int) -> Iterable[Batch]:
+        """The first n images, a forward pass at a time."""
+        first = next(iter(evaluate.split_batch(self.images, n_images)))
+        return evaluate.split_batch(first, self.batch_size)
+
     def _run(self, configuration: Configuration, n: int) -> Outcome:
         merged = patch(self.model, configuration.policy, precision=configuration.precision)
-        part = Batch(self.images.ids[:n], self.images.images[:n], self.images.labels[:n])
-        return evaluate.run(merged, evaluate.split_batch(part, self.batch_size))
+        return evaluate.run(merged, self.batches(n))
 
 
 def compare(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
@@ -225,8 +241,5 @@ def load(inputs_dir: str, n_images: int, batch_size: int = 32) -> Objective:
 def calibrate(objective: Objective, n_images: int) -> Calibration:
     """Each layer's distribution of best-match similarity, observed on the first of the objective's images."""
     observer = Observe()
-    observing = patch(objective.model, observer)
-    images = objective.images
-    part = Batch(images.ids[:n_images], images.images[:n_images], images.labels[:n_images])
-    evaluate.run(observing, evaluate.split_batch(part, objective.batch_size))
+    evaluate.run(patch(objective.model, observer), objective.batches(n_images))
     return observer.calibration()

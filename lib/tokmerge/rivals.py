@@ -1,7 +1,7 @@
 """What the model-based search is measured against: the same objective, the same table of trials, other proposals.
 
 A method is a generator: it yields configurations, a batch at a time, and is sent their (n, 3) objective values.
-`Rival` evaluates one with the ask and tell of `tokmerge.search.Search`. Methods are deterministic given their seed, so
+`Rival` asks and tells one as `tokmerge.search.Search` does. Methods are deterministic given their seed, so
 reopening a folder replays what has been measured and goes on.
 """
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.problem import Problem
@@ -18,7 +17,7 @@ from pymoo.problems.static import StaticProblem
 
 from tokmerge.objective import COSTS, LOWEST_COSINE, Configuration, Space
 from tokmerge.policies import Threshold, TopR
-from tokmerge.trials import COMPLETED, Result, Trial, Trials
+from tokmerge.trials import COMPLETED, AskTell, Trial, Trials
 
 Method = Generator[list[tuple[dict[str, float], Configuration]], np.ndarray, None]
 
@@ -74,8 +73,8 @@ def _scattered(grid: Sequence[Any] | np.ndarray) -> list[Any]:
     return [grid[place] for place in order if place < len(grid)]
 
 
-class Rival:
-    """Trials of one method, with the ask and tell of `tokmerge.search.Search`.
+class Rival(AskTell):
+    """Trials of one method, a batch of its own size at a time.
 
     Args:
         folder: where the trials are kept, in a folder of their own (see `tokmerge.trials.Trials`).
@@ -97,35 +96,13 @@ class Rival:
         about: Mapping[str, Any],
         max_failures: int = 5,
     ) -> None:
-        self.trials = Trials(
-            folder, {**about, "method": name, "axis": axis, "reference": list(reference)}, max_failures
-        )
+        everything = {**about, "method": name, "axis": axis, "reference": list(reference)}
+        super().__init__(Trials(folder, everything, max_failures))
         self._name, self._axis, self._failed = name, axis, 2 * np.asarray(reference, float)
         self._batches = self._generations(method)
-        self._batch: list[Trial] = []
 
-    @property
-    def n(self) -> int:
-        """Trials told so far, failed ones included."""
-        return len(self.trials)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per trial told."""
-        return self.trials.table
-
-    def ask(self, n: int) -> list[Trial]:
-        """Up to n trials to evaluate; none when the method has no more to propose."""
-        self.trials.check_failures()
-        while not (left := [trial for trial in self._batch if trial.index not in self.trials]):
-            self._batch = next(self._batches, [])
-            if not self._batch:
-                return []
-        return left[:n]
-
-    def tell(self, trial: Trial, result: Result) -> None:
-        """Record how a trial ended."""
-        self.trials.add(trial, result, ask_seconds=0.0)
+    def _propose(self, n: int) -> list[Trial]:
+        return next(self._batches, [])
 
     def _generations(self, method: Method) -> Generator[list[Trial], None, None]:
         proposals, first = next(method), 0

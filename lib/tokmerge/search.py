@@ -1,7 +1,7 @@
 """Multi-objective Bayesian optimisation of the thresholds with Ax: ask for trials, tell how they ended.
 
     search = Search(folder, space, Settings())
-    with workers.start(load, n) as evaluate:
+    with workers.start(objective, load, n) as evaluate:
         while search.n < 64:
             for trial, result in evaluate(search.ask(4)):
                 search.tell(trial, result)
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from ax.adapter.registry import Generators
 from ax.api.client import Client
 from ax.api.configs import RangeParameterConfig
@@ -31,7 +30,7 @@ from botorch.acquisition.multi_objective import logei
 
 from tokmerge import pareto, store
 from tokmerge.objective import AXES, COSTS, Space
-from tokmerge.trials import COMPLETED, Result, Trial, Trials
+from tokmerge.trials import COMPLETED, AskTell, Trial, Trials
 
 set_stderr_log_level(logging.ERROR)
 # botorch would compile a C++ kernel the first time (half a minute), which saves a third of a second a trial and gives
@@ -83,7 +82,7 @@ class Settings:
             raise ValueError("n_curve + n_sobol is below 2: a model needs trials to start from")
 
 
-class Search:
+class Search(AskTell):
     """A search that can be left and opened again at any time.
 
     Args:
@@ -97,16 +96,15 @@ class Search:
         self, folder: str | Path, space: Space, settings: Settings, about: Mapping[str, Any] | None = None
     ) -> None:
         self.space, self.settings = space, settings
-        everything = {**(about or {}), "space": space.bounds, **asdict(settings)}
+        everything = {**(about or {}), "space": space.about, **asdict(settings)}
         # How many failures are borne changes no trial.
         del everything["max_failures"]
-        self.trials = Trials(folder, everything, settings.max_failures)
+        super().__init__(Trials(folder, everything, settings.max_failures))
         self.folder = self.trials.folder
         self._snapshot = self.folder / "ax.json"
         if not self._snapshot.exists():
             self._save(begin(space, settings))
         self._pending = self._running(self.client)
-        self._ask_seconds = 0.0
 
     @property
     def client(self) -> Client:
@@ -125,43 +123,12 @@ class Search:
         return client
 
     @property
-    def n(self) -> int:
-        """Trials told so far, failed ones included."""
-        return len(self.trials)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per trial told."""
-        return self.trials.table
-
-    @property
     def hypervolume(self) -> float:
         """Share of the box below the reference point that the trials dominate."""
         completed = self.trials.completed
         if not len(completed):
             return 0.0
         return pareto.hypervolume(pareto.objectives(completed, self.settings.axis), self.settings.reference)
-
-    def ask(self, n: int) -> list[Trial]:
-        """Up to n trials to evaluate: those handed out and never told, or else new ones.
-
-        Raises:
-            RuntimeError: too many trials have failed.
-        """
-        self.trials.check_failures()
-        left = [trial for trial in self._pending if trial.index not in self.trials]
-        if not left:
-            left = self._pending = self._propose(n)
-        return left[:n]
-
-    def tell(self, trial: Trial, result: Result) -> None:
-        """Record how a trial ended: what was measured, or the exception it ended with.
-
-        Raises:
-            ValueError: the trial has been told before.
-            RuntimeError: too many trials have failed.
-        """
-        self.trials.add(trial, result, ask_seconds=self._ask_seconds)
 
     def _propose(self, n: int) -> list[Trial]:
         start = time.monotonic()

@@ -1,9 +1,10 @@
-"""Trials of a search, kept in a table that is on disk after every one of them."""
+"""Trials of a search: handed out, told, and kept in a table that is on disk after every one of them."""
 
 import hashlib
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,55 @@ class Trials:
                 f"{failed[-1]['trial']} with: {failed[-1]['reason']}. Once that is mended, delete {self.folder} "
                 "to start afresh"
             )
+
+
+class AskTell(ABC):
+    """What every way of searching shares: trials are asked for and told, and nothing is handed out anew before that.
+
+    Attributes:
+        trials: those told so far.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+        self._pending: list[Trial] = []
+        self._ask_seconds = 0.0
+
+    @abstractmethod
+    def _propose(self, n: int) -> list[Trial]:
+        """About n further trials; those that a search left and opened again has been told may be among them."""
+
+    @property
+    def n(self) -> int:
+        """Trials told so far, failed ones included."""
+        return len(self.trials)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per trial told."""
+        return self.trials.table
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to n trials to evaluate: those handed out and never told, or else new ones; none where there are no more.
+
+        Raises:
+            RuntimeError: too many trials have failed.
+        """
+        self.trials.check_failures()
+        while not (left := [trial for trial in self._pending if trial.index not in self.trials]):
+            self._pending = self._propose(n)
+            if not self._pending:
+                return []
+        return left[:n]
+
+    def tell(self, trial: Trial, result: Result) -> None:
+        """Record how a trial ended: what was measured, or the exception it ended with.
+
+        Raises:
+            ValueError: the trial has been told before.
+            RuntimeError: too many trials have failed.
+        """
+        self.trials.add(trial, result, ask_seconds=self._ask_seconds)
 
 
 def _outcome(result: Result) -> dict[str, Any]:

@@ -28,12 +28,13 @@ _objective: Evaluate
 
 @contextmanager
 def start(
-    factory: Callable[[], Evaluate], workers: int = 1, ray_address: str | None = None
+    objective: Evaluate, factory: Callable[[], Evaluate], workers: int = 1, ray_address: str | None = None
 ) -> Iterator[Callable[[Sequence[Trial]], Pairs]]:
     """Start workers, and stop them when the block ends.
 
     Args:
-        factory: makes the objective; called once in every worker, so it must be importable there (a function of a
+        objective: what evaluates a configuration, where everything stays in this process.
+        factory: makes it elsewhere; called once in every worker, so it must be importable there (a function of a
             module, or `functools.partial` of one).
         workers: how many; each gets its share of the cores. With 1 and no cluster, everything stays in this process.
         ray_address: of a Ray cluster (``"auto"``, ``"ray://host:10001"``, or ``"local"`` for one on this machine);
@@ -54,7 +55,6 @@ def start(
         elif workers > 1:
             yield stack.enter_context(_processes(factory, workers))
         else:
-            objective = factory()
             yield lambda trials: ((trial, attempt(objective, trial.configuration)) for trial in trials)
 
 
