@@ -1,6 +1,9 @@
+import pytest
+import tokmerge
 import torch
 from conftest import build
 from tokmerge import bench
+from tokmerge.data import Batch
 
 
 def test_peak_memory_by_hand():
@@ -16,9 +19,25 @@ def test_peak_memory_by_hand():
 
 
 def test_compare_runs_every_variant(images):
-    table = bench.compare(build(), images, rounds=1, shares=(0.5,)).set_index("variant")
-    assert list(table.index) == ["unpatched", "off", "u = 0.5"]
+    batches = [Batch(list("abc"), images[:3], torch.zeros(3)), Batch(list("de"), images[3:], torch.zeros(2))]
+    model, policy = build(), tokmerge.Threshold(0.5)
+    table = bench.compare(model, batches, {"off": None, "merged": policy}, rounds=1).set_index("variant")
+    assert list(table.index) == ["unpatched", "off", "merged"]
     assert (table.images_per_second > 0).all()
-    assert table.macs_ratio["off"] == 1
-    assert table.macs_ratio["u = 0.5"] < 0.8
-    assert table.peak_megabytes["u = 0.5"] < 1.5 * table.peak_megabytes["unpatched"]
+    expected = tokmerge.patch(model, policy)(images)[1].macs.sum() / tokmerge.patch(model, None)(images)[1].macs.sum()
+    assert table.macs_ratio.tolist() == pytest.approx([1, 1, expected.item()])
+    assert expected < 0.8
+    assert (table.speedup_over_macs_reduction == table.speedup * table.macs_ratio).all()
+    assert table.peak_megabytes["merged"] < 1.5 * table.peak_megabytes["unpatched"]
+
+
+def test_deit_small_is_the_geometry_and_leaves_the_seed_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model, photos = bench.deit_small(torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+    assert torch.rand(1) == expected
+    assert photos.images.shape == (2, 3, 224, 224)
+    assert (len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads) == (12, 384, 6)
+    again, _ = bench.deit_small(photos.images)
+    assert torch.equal(again.head.weight, model.head.weight)

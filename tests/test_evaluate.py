@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 import tokmerge
@@ -23,6 +24,16 @@ def test_run_equals_the_model_called_once(model, batch, size):
     assert torch.equal(outcome.macs, record.macs)
     assert torch.equal(outcome.payload_bytes, record.payload_bytes)
     assert torch.equal(outcome.labels, batch.labels)
+
+
+def test_calibration_is_the_similarity_of_the_unmerged_model(model, batch):
+    found = evaluate.calibrate(model, evaluate.split_batch(batch, 2)).quantiles
+    assert found.shape == (len(model.blocks), 1001)
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(batch.images)))
+    keys = model.blocks[0].attn.qkv(model.blocks[0].norm1(tokens)).view(5, -1, 3, model.blocks[0].attn.num_heads, 16)
+    metric = torch.nn.functional.normalize(keys[:, 1:, 1].mean(2), dim=-1)
+    best = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).amax(2).double()
+    np.testing.assert_allclose(found[0], np.quantile(best.detach(), np.linspace(0, 1, 1001)), atol=1e-6)
 
 
 def test_frame_and_summary_by_hand():

@@ -93,13 +93,6 @@ def test_a_cheap_look_uses_the_first_images(measured):
         measured(Configuration(None), n_images=6)
 
 
-def test_calibration_is_the_similarity_of_the_unmerged_model(measured):
-    found = objective.calibrate(measured, 5).quantiles
-    assert found.shape == (4, 1001)
-    assert (np.diff(found) >= 0).all()
-    assert not np.allclose(found, objective.calibrate(measured, 2).quantiles)
-
-
 def test_spaces_map_parameters_to_thresholds():
     calibrated = Space("calibrated", 4, CALIBRATION)
     assert list(calibrated.bounds) == ["u_00", "u_01", "u_02", "u_03"]

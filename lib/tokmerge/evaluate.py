@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tokmerge.data import Batch
-from tokmerge.vit import MergedViT
+from tokmerge.policies import Calibration, Observe
+from tokmerge.vit import MergedViT, patch
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ def run(
             parts.append((batch.labels, *(value.cpu() for value in values)))
             bar.update(len(batch.ids))
     return Outcome(ids, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
+    """Each layer's distribution of best-match similarity in the unmerged model."""
+    observer = Observe()
+    run(patch(model, observer), batches)
+    return observer.calibration()
 
 
 def split_batch(batch: Batch, size: int) -> Iterable[Batch]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tokmerge import data, evaluate, models, paths, store
 from tokmerge.data import Batch
 from tokmerge.evaluate import Outcome
-from tokmerge.policies import Calibration, Observe, Policy, Threshold
+from tokmerge.policies import Calibration, Policy, Threshold
 from tokmerge.vit import patch
 
 # What may stand on the accuracy axis; each is 0 for the unmerged model and grows as merging does harm.
@@ -236,10 +236,3 @@ def load(inputs_dir: str, n_images: int, batch_size: int = 32) -> Objective:
     if n_images > len(search):
         raise ValueError(f"n_images is {n_images}, but the search split has {len(search)} images")
     return Objective(model, data.tensors(data.subset(search, range(n_images)), models.transform(model)), batch_size)
-
-
-def calibrate(objective: Objective, n_images: int) -> Calibration:
-    """Each layer's distribution of best-match similarity, observed on the first of the objective's images."""
-    observer = Observe()
-    evaluate.run(patch(objective.model, observer), objective.batches(n_images))
-    return observer.calibration()

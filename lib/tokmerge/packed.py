@@ -142,13 +142,13 @@ def attend_padded(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
 
 def attend_each(qkv: Tensor, layout: Layout, sizes: Tensor | None) -> Tensor:
     """`attend` image by image: no row is copied and none is padded."""
+    counts, scale = layout.counts, qkv.shape[-1] ** -0.5
     bias = qkv.new_zeros(len(qkv)) if sizes is None else sizes.log().to(qkv.dtype)
+    queries, keys, values = (part.split(counts, dim=1) for part in qkv.permute(1, 2, 0, 3))
     outs = []
-    for part, key_bias in zip(qkv.split(layout.counts), bias.split(layout.counts), strict=True):
-        q, k, v = part.permute(1, 2, 0, 3).unbind()
-        if len(part) <= PLAIN_PRODUCTS_MAX_TOKENS:
-            scores = torch.baddbmm(key_bias, q, k.mT, alpha=qkv.shape[-1] ** -0.5)
-            out = torch.bmm(scores.softmax(-1), v)
+    for q, k, v, key_bias in zip(queries, keys, values, bias.split(counts), strict=True):
+        if len(key_bias) <= PLAIN_PRODUCTS_MAX_TOKENS:
+            out = torch.bmm(torch.baddbmm(key_bias, q, k.mT, alpha=scale).softmax(-1), v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias[None])
         outs.append(out.transpose(0, 1))

@@ -106,8 +106,8 @@ def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray, sizes: dict[
     ax.imshow(tint, extent=(0, columns, rows, 0), interpolation="nearest")
     vertical = np.argwhere(groups[:, 1:] != groups[:, :-1])
     horizontal = np.argwhere(groups[1:] != groups[:-1])
-    ax.vlines(vertical[:, 1] + 1, vertical[:, 0], vertical[:, 0] + 1, color="white", lw=0.6)
-    ax.hlines(horizontal[:, 0] + 1, horizontal[:, 1], horizontal[:, 1] + 1, color="white", lw=0.6)
+    ax.vlines(vertical[:, 1] + 1, vertical[:, 0], vertical[:, 0] + 1, color="white", lw=0.6, rasterized=True)
+    ax.hlines(horizontal[:, 0] + 1, horizontal[:, 1], horizontal[:, 1] + 1, color="white", lw=0.6, rasterized=True)
     ax.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
     ax.grid(False)
 
