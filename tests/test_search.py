@@ -16,7 +16,10 @@ from tokmerge.policies import Calibration
 from tokmerge.search import Search, Settings, begin
 from tokmerge.trials import Trial
 
-QUICK = {"n_curve": 2, "n_sobol": 3, "restarts": 1, "raw_samples": 8, "reference": toy.REFERENCE}
+QUICK = {
+    **{"axis": "kl", "reference": toy.REFERENCE, "n_curve": 2, "n_sobol": 3, "start_knots": None},
+    **{"restarts": 1, "raw_samples": 8},
+}
 STATUS = {"completed": TrialStatus.COMPLETED, "failed": TrialStatus.FAILED}
 
 

@@ -111,7 +111,8 @@ class Space:
         Args:
             n: how many.
             seed: of the scrambling.
-            knots: spread over profiles that this many knots describe; None: over all parameters.
+            knots: spread over the profiles that so many knots describe and whose merging rises with depth; None:
+                over all parameters.
         """
         if n == 0:
             return []
@@ -120,7 +121,9 @@ class Space:
         points = engine.draw(n, dtype=torch.double).numpy()
         if knots is not None:
             places = np.linspace(0, count - 1, knots)
-            points = np.array([np.interp(range(count), places, point) for point in points])
+            # A high share merges more, a high cosine less.
+            rising = np.sort(points) if self.kind == "calibrated" else np.sort(points)[:, ::-1]
+            points = np.array([np.interp(range(count), places, point) for point in rising])
         return self.scale(points)
 
     def scale(self, unit: np.ndarray) -> list[dict[str, float]]:

@@ -27,6 +27,10 @@ from ax.generation_strategy.generator_spec import GeneratorSpec
 from ax.utils.common.logger import set_stderr_log_level
 from ax.utils.common.random import with_rng_seed
 from botorch.acquisition.multi_objective import logei
+from botorch.acquisition.multi_objective.logei import (
+    qLogExpectedHypervolumeImprovement,
+    qLogNoisyExpectedHypervolumeImprovement,
+)
 
 from tokmerge import pareto, store
 from tokmerge.objective import AXES, COSTS, Space
@@ -45,29 +49,33 @@ class Settings:
     """How to search.
 
     Attributes:
-        axis: what stands for accuracy, one of `tokmerge.objective.AXES`.
+        axis: what stands for accuracy, one of `tokmerge.objective.AXES`. The root of the divergence has the same
+            front as the divergence itself and is what a Gaussian process can follow.
         reference: worst value worth having of the accuracy axis, the MACs ratio and the bytes ratio. The unmerged
             model is at (0, 1, 1). Ax's objective thresholds, and the corner the hypervolume is measured from.
         n_curve: trials that start the search along the uniform-threshold curve.
         n_sobol: space-filling trials after those (scrambled Sobol points); the model proposes all further ones.
-        start_knots: spread those over profiles that many knots describe, interpolated over the depth, instead of
-            over all parameters: in many dimensions nearly all points of the cube are jagged, and poor.
+        start_knots: spread those over profiles that so many knots describe and whose merging rises with depth, instead
+            of over all parameters: nearly all points of a cube of many dimensions are jagged, and poor.
         noise: what Ax is told about the values. ``"none"``: exact (they are, on these images); ``"known"``: with
             their standard errors; ``"inferred"``: the model estimates it.
+        samples: Monte-Carlo samples of the acquisition function (Ax's own default: 128); the time a proposal takes
+            grows with them.
         restarts: starting points of the acquisition function's optimiser (Ax's own default: 20).
         raw_samples: points it chooses them from (Ax's own default: 1024).
         max_failures: more failed trials than this stop the search.
         seed: of everything random.
     """
 
-    axis: str = "kl"
-    reference: tuple[float, float, float] = (0.1, 1.0, 1.0)
-    n_curve: int = 8
-    n_sobol: int = 8
-    start_knots: int | None = None
+    axis: str = "root_kl"
+    reference: tuple[float, float, float] = (0.25, 0.7, 0.4)
+    n_curve: int = 0
+    n_sobol: int = 10
+    start_knots: int | None = 3
     noise: str = "none"
-    restarts: int = 8
-    raw_samples: int = 256
+    samples: int = 32
+    restarts: int = 4
+    raw_samples: int = 128
     max_failures: int = 5
     seed: int = 0
 
@@ -201,13 +209,21 @@ def starts(space: Space, settings: Settings) -> list[dict[str, float]]:
 
 
 def strategy(settings: Settings) -> GenerationStrategy:
-    """Ax's default model, independent Gaussian processes under noisy expected hypervolume improvement, all the way.
+    """Ax's default model, independent Gaussian processes, under expected hypervolume improvement, all the way.
 
-    What `Client.configure_generation_strategy` builds, without a start of its own and with a lighter optimiser.
+    What `Client.configure_generation_strategy` builds, without a start of its own and with a lighter optimiser. The
+    acquisition function that allows for noise cuts the space into boxes once for every sample, which is most of
+    what Ax's default takes; exact values need it once.
     """
+    exact = settings.noise == "none"
+    acquisition = qLogExpectedHypervolumeImprovement if exact else qLogNoisyExpectedHypervolumeImprovement
     optimizer = {"num_restarts": settings.restarts, "raw_samples": settings.raw_samples}
     model = GeneratorSpec(
         generator_enum=Generators.BOTORCH_MODULAR,
+        generator_kwargs={
+            "botorch_acqf_class": acquisition,
+            "botorch_acqf_options": {"mc_samples": settings.samples},
+        },
         generator_gen_kwargs={"model_gen_options": {"optimizer_kwargs": optimizer}},
     )
     node = GenerationNode(name="MBM", generator_specs=[model], should_deduplicate=True)
