@@ -4,11 +4,13 @@ import ast
 import re
 import subprocess
 import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 
 import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from tokmerge import paths
 
 ROOT = paths.root()
@@ -116,6 +118,16 @@ def test_every_dependency_is_pinned_within_its_range(machine):
         (specifier,) = pin.specifier
         assert specifier.operator == "=="
         assert requirement.specifier.contains(specifier.version, prereleases=True), f"{pin} is outside {requirement}"
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    # 3.11.2 is what Debian 12 ships; some distributions ask for a later patch release.
+    for pin in pins():
+        try:
+            wanted = metadata(pin.name).get("Requires-Python")
+        except PackageNotFoundError:
+            continue  # of another machine
+        assert wanted is None or SpecifierSet(wanted).contains("3.11.2"), f"{pin} needs Python {wanted}"
 
 
 def test_torch_and_torchvision_are_the_tried_pair():
