@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import reference
@@ -18,30 +17,6 @@ def thresholds(tower, images, share=0.4):
     merged = clip.patch(tower, observer)
     merged(images)
     return observer.calibration().thresholds([share] * merged.depth)
-
-
-def plain(tower, image, choose, layer, skip):
-    """One image through the tower, token by token: features, token counts, sizes and each token's patches."""
-    x = tower.embeddings(image[None])
-    x = (tower.pre_layrnorm(x) if isinstance(tower, CLIPVisionModel) else x)[0]
-    first = max(skip, isinstance(tower, CLIPVisionModel))
-    sizes, groups, counts = [1.0] * len(x), [{i} for i in range(len(x))], [len(x)]
-    for index, block in enumerate(tower.encoder.layers[:layer]):
-        attn, normed = block.self_attn, block.layer_norm1(x)
-        heads, keys = [], []
-        for h in range(attn.num_heads):
-            part = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
-            q, k, v = (p(normed)[:, part] for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-            weights = torch.softmax(q @ k.T / math.sqrt(attn.head_dim) + torch.tensor(sizes, dtype=x.dtype).log(), 1)
-            heads.append(weights @ v)
-            keys.append(k)
-        x = x + attn.out_proj(torch.cat(heads, dim=1))
-        pairs = reference.best_matches(torch.stack(keys), first)
-        tokens, sizes, groups = reference.merge_tokens(list(x), sizes, groups, pairs, choose(index, pairs))
-        x = torch.stack(tokens)
-        x = x + block.mlp(block.layer_norm2(x))
-        counts.append(len(x))
-    return x[skip:], counts, sizes[skip:], groups[skip:]
 
 
 @KINDS
@@ -73,7 +48,7 @@ def test_merging_equals_the_plain_implementation(kind, skip, policy, images):
     if policy == "threshold":
         assert len(set(features.lengths.tolist())) > 1, "images must keep different token counts"
     for i, image in enumerate(images):
-        expected, counts, sizes, groups = plain(tower, image, choose, 4, merged.skip)
+        expected, counts, sizes, groups = reference.run_tower(tower, image, choose, 4, merged.skip)
         assert record.tokens[i].tolist() == counts
         torch.testing.assert_close(features.split()[i], expected, atol=1e-6, rtol=1e-6)
         assert features.sizes.split(features.layout.counts)[i].tolist() == sizes

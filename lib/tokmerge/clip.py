@@ -81,8 +81,8 @@ class MergedTower(nn.Module):
     def cost(self) -> ViTCost:
         """What the layers that are run cost; the tower has no head."""
         if self._cost is None:
-            config, layers = self.model.config, self._layers()
-            side = config.image_size
+            config: Any = self.model.config
+            layers, side = self._layers(), config.image_size
             self._cost = ViTCost(
                 embed=module_macs(self.model.embeddings.patch_embedding, 1, config.num_channels, side, side),
                 attn_linear=tuple(linear_macs(layer.self_attn) for layer in layers),
@@ -208,7 +208,8 @@ def patch(tower: nn.Module, policy: Policy | None, *, layer: int = -2, skip: int
         names = " or ".join(kind.__name__ for kind in TOWERS)
         raise TypeError(f"cannot merge tokens in a {type(tower).__name__}: a transformers {names} is needed")
     kind, class_tokens = TOWERS[type(tower)]
-    layers: Any = tower.encoder.layers
+    encoder: Any = tower.encoder
+    layers = encoder.layers
     for index, block in enumerate(layers):
         if type(block) is not kind:
             raise TypeError(
