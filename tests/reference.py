@@ -99,3 +99,27 @@ def run(model, image, choose):
         pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[model.global_pool]
         logits = model.head(model.fc_norm(pooled[None]))[0]
     return logits, counts, sizes, groups
+
+
+def run_tower(tower, image, choose, layer, skip):
+    """One image through the tower, token by token: features, token counts, sizes and each token's patches."""
+    x = tower.embeddings(image[None])
+    x = (tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x)[0]
+    first = max(skip, hasattr(tower, "pre_layrnorm"))
+    sizes, groups, counts = [1.0] * len(x), [{i} for i in range(len(x))], [len(x)]
+    for index, block in enumerate(tower.encoder.layers[:layer]):
+        attn, normed = block.self_attn, block.layer_norm1(x)
+        heads, keys = [], []
+        for h in range(attn.num_heads):
+            part = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
+            q, k, v = (p(normed)[:, part] for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+            weights = torch.softmax(q @ k.T / math.sqrt(attn.head_dim) + torch.tensor(sizes, dtype=x.dtype).log(), 1)
+            heads.append(weights @ v)
+            keys.append(k)
+        x = x + attn.out_proj(torch.cat(heads, dim=1))
+        pairs = best_matches(torch.stack(keys), first)
+        tokens, sizes, groups = merge_tokens(list(x), sizes, groups, pairs, choose(index, pairs))
+        x = torch.stack(tokens)
+        x = x + block.mlp(block.layer_norm2(x))
+        counts.append(len(x))
+    return x[skip:], counts, sizes[skip:], groups[skip:]

@@ -2,7 +2,7 @@ import pytest
 import tokmerge
 import torch
 from conftest import build
-from tokmerge.cost import ViTCost, module_macs
+from tokmerge.cost import LanguageCost, ViTCost, module_macs
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,3 +76,12 @@ def test_counting_leaves_the_model_where_it_is():
     model = build()
     ViTCost.of(model, (3, 32, 32))
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_language_cost_by_hand():
+    cost = LanguageCost(linear=100, attn_dim=6, head=40)
+    prompt, generated = torch.tensor([10, 10, 10, 3]), torch.tensor([0, 1, 3, 2])
+    assert cost.prefill(prompt).tolist() == [10 * 100 + 2 * 6 * 100 + 40] * 3 + [3 * 100 + 2 * 6 * 9 + 40]
+    # Three tokens take two passes, over 11 and 12 tokens; the first token comes with the prefill.
+    two = 2 * (100 + 40) + 2 * 6 * (11 + 12)
+    assert cost.decode(prompt, generated).tolist() == [0, 0, two, 100 + 40 + 2 * 6 * 4]

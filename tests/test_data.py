@@ -78,8 +78,8 @@ def test_damaged_images_are_named_whatever_the_decoder_raises(tmp_path, kind, da
 def test_subset_of_a_folder_opens_only_its_own_images(folder, monkeypatch):
     images = data.image_folder(folder)
     opened = []
-    whole = data._open_rgb
-    monkeypatch.setattr(data, "_open_rgb", lambda file, name: opened.append(Path(file).name) or whole(file, name))
+    whole = data.open_rgb
+    monkeypatch.setattr(data, "open_rgb", lambda file, name: opened.append(Path(file).name) or whole(file, name))
     part = data.subset(data.subset(images, [0, 2, 4, 5]), [1, 3])
     assert [e.id for e in part.examples()] == list(part.ids) == [images.ids[2], images.ids[5]]
     assert [e.label for e in part.examples(1)] == part.labels[1:].tolist() == [2]

@@ -109,3 +109,35 @@ class ViTCost:
         """MACs of each image, patch embedding and head included: (B, L + 1) -> (B,) int64."""
         pooled = (tokens[:, -1] - self.protected) * self.pool_per_token
         return self.embed + self.blocks(tokens, policy).sum(1) + pooled + self.head
+
+
+@dataclass(frozen=True)
+class LanguageCost:
+    """What the language model costs.
+
+    Attributes:
+        linear: MACs per token of all its layers.
+        attn_dim: layers x heads x head_dim.
+        head: MACs of one token's scores over the vocabulary.
+    """
+
+    linear: int
+    attn_dim: int
+    head: int
+
+    @classmethod
+    def of(cls, model: Any) -> "LanguageCost":
+        """Read the cost off a transformers LlavaForConditionalGeneration with a dense language model."""
+        layers = model.model.language_model.layers
+        heads = model.config.text_config.num_attention_heads
+        return cls(linear_macs(layers), len(layers) * heads * layers[0].self_attn.head_dim, linear_macs(model.lm_head))
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """MACs of reading (B,) prompt tokens, with the scores that the first answer token needs."""
+        return prompt * self.linear + 2 * prompt * prompt * self.attn_dim + self.head
+
+    def decode(self, prompt: Tensor, generated: Tensor) -> Tensor:
+        """MACs of the passes after the prefill: one for every generated token but the last."""
+        passes = (generated - 1).clamp(min=0)
+        context = passes * prompt + passes * (passes + 1) // 2
+        return passes * (self.linear + self.head) + 2 * context * self.attn_dim

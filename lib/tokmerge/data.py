@@ -209,7 +209,7 @@ def image_folder(path: str | Path, split: str = "val") -> ImageSet:
 
     def at(position: int) -> Example:
         file, label = listing.samples[position]
-        return Example(ids[position], _open_rgb(file, file), label)
+        return Example(ids[position], open_rgb(file, file), label)
 
     def stream(start: int) -> Iterator[Example]:
         return map(at, range(start, len(ids)))
@@ -254,13 +254,22 @@ def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSe
 
     def stream(start: int) -> Iterator[Example]:
         for identifier, row in zip(ids[start:], encoded.skip(start), strict=True):
-            yield Example(identifier, _open_rgb(io.BytesIO(row["image"]["bytes"]), identifier), int(row["label"]))
+            yield Example(identifier, open_rgb(io.BytesIO(row["image"]["bytes"]), identifier), int(row["label"]))
 
     title = "ImageNet-1k" if name == IMAGENET_HUB else f"hub data {Path(name).name}"
     return ImageSet(title, split, tuple(features["label"].names), ids, labels, stream)
 
 
-def _open_rgb(file: str | io.BytesIO, name: str) -> Image.Image:
+def open_rgb(file: str | Path | io.BytesIO, name: str) -> Image.Image:
+    """An image file as RGB.
+
+    Args:
+        file: path, or the file's bytes.
+        name: what an error calls it.
+
+    Raises:
+        DataError: it cannot be read, for whatever reason.
+    """
     try:
         with Image.open(file) as image:
             return image.convert("RGB")

@@ -1,0 +1,268 @@
+"""Merging in transformers' LlavaForConditionalGeneration: the image reaches the language model in fewer tokens.
+
+    device   vision tower, merging layer by layer (`tokmerge.clip`)
+             projector, then merging once more if asked for       (where the cut is "projector")
+    ---      wire: the tokens at the cut
+    server   projector                                            (where the cut is "tower")
+             prompt with one placeholder per surviving token, left padded; language model
+
+Every sample keeps its own number of visual tokens. They enter through the model's public ``inputs_embeds``,
+``attention_mask`` and ``position_ids``; neither its class nor its weights nor its methods are touched.
+
+*Positions.* "consecutive": the prompt is numbered as it is read. "first": a merged token takes the position of
+the first patch it stands for, and the text after the image goes on where it would without merging. The server
+then needs those positions: each is sent, plus one, in the wire format's field for sizes.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from tokmerge import clip, wire
+from tokmerge.cost import LanguageCost, linear_macs
+from tokmerge.policies import Policy
+from tokmerge.visual import LlavaRecord, Seen, first_patches, merge_output
+
+CUTS = ("cheaper", "tower", "projector")
+POSITIONS = ("consecutive", "first")
+# Language models whose matrix products `LanguageCost` counts.
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+
+
+class MergedLlava(nn.Module):
+    """A LLaVA that merges visual tokens as its policies say. Made by `patch`.
+
+    Attributes:
+        model: the wrapped model, unchanged.
+        tower: its vision tower, with the policy of the layers.
+        output_policy: what merges after the projector; None for nothing.
+        positions: how visual tokens are numbered, one of `POSITIONS`.
+        cut: where the payload is taken, "tower" or "projector".
+        precision: of the token values in the payload.
+    """
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, tower: clip.MergedTower, output_policy: Policy | None,
+        positions: str, cut: str, precision: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.tower = tower
+        self.output_policy = output_policy
+        self.positions = positions
+        self.cut = cut
+        self.precision = precision
+        self.cost = LanguageCost.of(model)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped model's state_dict, under its own names."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the wrapped model."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def see(self, images: Tensor, source: bool = False) -> Seen:
+        """What the device does: images to the tokens that are sent.
+
+        Args:
+            images: (B, C, H, W), as the vision tower takes them.
+            source: also keep the source map.
+        """
+        numbered = self.positions == "first"
+        tokens, record = self.tower(images, source=source or numbered)
+        projector: Any = self.model.model.multi_modal_projector
+        projector_macs = tokens.lengths * linear_macs(projector)
+        if self.cut == "projector":
+            tokens = tokens.with_x(projector(tokens.x))
+            if self.output_policy is not None:
+                tokens, overhead = merge_output(tokens, self.output_policy)
+                projector_macs = projector_macs + overhead
+        first = first_patches(tokens) if numbered else None
+        if not source:
+            tokens = replace(tokens, source=None)
+        return Seen(tokens, first, self.precision, record.tokens, record.macs, projector_macs)
+
+    def forward(
+        self, input_ids: Tensor, images: Tensor | Seen, attention_mask: Tensor | None = None, logits_to_keep: int = 0
+    ) -> tuple[Tensor, LlavaRecord]:
+        """Scores of the next token at every position, left padded.
+
+        Args:
+            input_ids: (B, S), in every row one run of image placeholders: a single one, or as many as an
+                unmerged image has tokens.
+            images: (B, C, H, W), or what `see` made of them.
+            attention_mask: (B, S), 0 where ``input_ids`` are padding, on either side; None for no padding.
+            logits_to_keep: how many last positions to score; 0 for all.
+
+        Returns:
+            logits (B, longest, vocabulary), aligned to the right, and the record.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+            ValueError: a row without, or with another number of placeholders; images of the wrong shape or number.
+        """
+        inputs, record, _ = self._prompts(input_ids, images, attention_mask)
+        return self.model(**inputs, logits_to_keep=logits_to_keep).logits, record
+
+    def generate(
+        self, input_ids: Tensor, images: Tensor | Seen, attention_mask: Tensor | None = None, max_new_tokens: int = 16
+    ) -> tuple[Tensor, LlavaRecord]:
+        """Answer greedily.
+
+        Args:
+            input_ids, images, attention_mask: as in `forward`.
+            max_new_tokens: longest answer.
+
+        Returns:
+            (B, longest answer) int64 new tokens, padded after the end of text, and the record.
+
+        Raises:
+            ValueError: also a prompt that ends with the image, if positions are not consecutive.
+        """
+        inputs, record, after = self._prompts(input_ids, images, attention_mask)
+        if self.positions == "first" and min(after) == 0:
+            # Generation counts on from the last position, which here need not be the largest.
+            raise ValueError(f"prompt {after.index(0)} ends with the image: positions='first' needs text after it")
+        model: Any = self.model
+        new: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        eos = self.model.generation_config.eos_token_id
+        ends = torch.isin(new, torch.tensor([] if eos is None else eos, dtype=new.dtype, device=new.device))
+        generated = ((ends.cumsum(1) - ends.long()) == 0).sum(1)
+        decode_macs = self.cost.decode(record.prompt, generated)
+        return new, replace(record, generated=generated, decode_macs=decode_macs)
+
+    def _prompts(
+        self, input_ids: Tensor, images: Tensor | Seen, attention_mask: Tensor | None
+    ) -> tuple[dict[str, Tensor], LlavaRecord, list[int]]:
+        """The language model's inputs, the record, and how many text tokens follow each image."""
+        if self.training:
+            raise RuntimeError("token merging is for inference: call .eval() first")
+        seen = images if isinstance(images, Seen) else self.see(images)
+        if len(input_ids) != len(seen):
+            raise ValueError(f"{len(input_ids)} prompts for {len(seen)} images")
+        visual = seen.tokens.x
+        if self.cut == "tower":
+            projector: Any = self.model.model.multi_modal_projector
+            visual = projector(visual)
+        counts, embed = seen.tokens.layout.counts, self.model.get_input_embeddings()
+        firsts = [None] * len(counts) if seen.first is None else seen.first.split(counts)
+        embeds, positions, after = [], [], []
+        for row, (tokens, first) in enumerate(zip(visual.split(counts), firsts, strict=True)):
+            ids = input_ids[row] if attention_mask is None else input_ids[row][attention_mask[row].bool()]
+            start, end = self._placeholders(ids, row)
+            embeds.append(torch.cat([embed(ids[:start]), tokens.to(self.model.dtype), embed(ids[end:])]))
+            here = torch.arange(len(embeds[-1]), device=ids.device)
+            after.append(len(ids) - end)
+            if first is not None:
+                tail = here[: after[-1]] + start + self.tower.n_features
+                here = torch.cat([here[:start], first + start, tail])
+            positions.append(here)
+        prompt = torch.tensor([len(row) for row in positions], device=input_ids.device)
+        masks = [torch.ones_like(row) for row in positions]
+        # Always with a mask: without one transformers takes a jump in the positions for another document.
+        inputs = {
+            name: pad_sequence(rows, batch_first=True, padding_side="left")
+            for name, rows in (("inputs_embeds", embeds), ("attention_mask", masks), ("position_ids", positions))
+        }
+        zeros = torch.zeros_like(prompt)
+        return inputs, LlavaRecord(seen, prompt, zeros, self.cost.prefill(prompt), zeros), after
+
+    def _placeholders(self, ids: Tensor, row: int) -> tuple[int, int]:
+        """Where the run of placeholders starts and ends."""
+        places = (ids == self.model.config.image_token_id).nonzero().flatten().tolist()
+        n = self.tower.n_features
+        if len(places) not in (1, n) or any(b - a != 1 for a, b in pairwise(places)):
+            raise ValueError(
+                f"prompt {row} has {len(places)} image placeholders: one image per prompt, "
+                f"as a single placeholder or {n} in a row"
+            )
+        return places[0], places[-1] + 1
+
+
+def patch(
+    model: nn.Module, policy: Policy | None, *, output_policy: Policy | None = None, positions: str = "consecutive",
+    cut: str = "cheaper", precision: str = "float16",
+) -> MergedLlava:  # fmt: skip
+    """Attach merge policies to a LLaVA, or replace those a patched one has.
+
+    Args:
+        model: transformers' LlavaForConditionalGeneration with a CLIP or SigLIP tower, or a patched one.
+        policy: what merges in the tower, with one entry per layer that is run; None for nothing.
+        output_policy: what merges in the projector's output, before it is sent (`merge_output`).
+        positions: "consecutive" or "first".
+        cut: where the tokens are sent, after the "tower" or the "projector". "cheaper" is after the tower
+            unless the projector narrows the tokens or its output merges.
+        precision: of the token values in the payload, one of `tokmerge.wire.PRECISIONS`.
+
+    Raises:
+        TypeError: the model or a policy is of an unsupported kind.
+        ValueError: a policy does not fit, an unknown option, or merging after a cut.
+    """
+    if isinstance(model, MergedLlava):
+        model = model.model
+    if not isinstance(model, LlavaForConditionalGeneration):
+        raise TypeError(
+            f"cannot merge tokens in a {type(model).__name__}: a transformers LlavaForConditionalGeneration is needed"
+        )
+    config: Any = model.config
+    if config.text_config.model_type not in LANGUAGE_MODELS:
+        raise TypeError(
+            f"language model {config.text_config.model_type!r}: only {', '.join(LANGUAGE_MODELS)} are counted"
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        raise TypeError(
+            f"features of layers {config.vision_feature_layer}: merged tokens of one layer only are supported"
+        )
+    for name, value, known in (
+        ("cut", cut, CUTS),
+        ("positions", positions, POSITIONS),
+        ("precision", precision, wire.PRECISIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+    if output_policy is not None:
+        if not isinstance(output_policy, Policy):
+            raise TypeError(f"output_policy is a {type(output_policy).__name__}: use Threshold, TopR, PiToMe or None")
+        output_policy.check(1)
+        if cut == "tower":
+            raise ValueError("cut='tower' sends tokens before the projector: merging its output needs cut='projector'")
+    if cut == "cheaper":
+        narrows = config.text_config.hidden_size < config.vision_config.hidden_size
+        cut = "projector" if narrows or output_policy is not None else "tower"
+    # transformers cuts the first token off whatever the tower is, so for a tower without CLS a patch.
+    skip = 1 if config.vision_feature_select_strategy == "default" else 0
+    tower = clip.patch(model.model.vision_tower, policy, layer=config.vision_feature_layer, skip=skip)
+    return MergedLlava(model, tower, output_policy, positions, cut, precision).train(model.training)
+
+
+def unpatch(merged: MergedLlava) -> LlavaForConditionalGeneration:
+    """The model as it was before `patch`."""
+    return merged.model
+
+
+def load(
+    name: str, device: str | torch.device = "cpu", dtype: str = "auto"
+) -> tuple[LlavaForConditionalGeneration, Any]:
+    """A LLaVA and its processor, ready to evaluate.
+
+    Args:
+        name: local folder, or hub name such as ``"llava-hf/llava-1.5-7b-hf"``.
+        device: where the model goes.
+        dtype: of its weights, such as "float16"; "auto" for the one they were saved in.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"no LLaVA model {name!r}: a local folder or a name on the hub is needed ({error})") from error
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), processor
