@@ -36,7 +36,7 @@ studies: $(READY)
 
 test: lint
 	pytest -n 2 --dist loadfile --doctest-modules
-	pytest --nbval-lax --nbval-cell-timeout=300 notebooks
+	pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
 lint: $(READY)
 	ruff check .

@@ -13,18 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmerge.front import Front, load_front
+    from tokmerge.peers import (
+        AdaMerge,
+        AttentionPruning,
+        CappedThreshold,
+        RandomMerging,
+        RandomPruning,
+        RelativeThreshold,
+        StaticRates,
+        ToFu,
+    )
     from tokmerge.policies import PiToMe, Policy, Threshold, TopR
     from tokmerge.vit import MergedViT, Record, patch, unmerge, unpatch
 
 # Loaded on first use, so that drawing figures from saved tables does not depend on the engine.
 _HOME = {
     "front": ("Front", "load_front"),
+    "peers": (
+        "AdaMerge",
+        "AttentionPruning",
+        "CappedThreshold",
+        "RandomMerging",
+        "RandomPruning",
+        "RelativeThreshold",
+        "StaticRates",
+        "ToFu",
+    ),
     "policies": ("PiToMe", "Policy", "Threshold", "TopR"),
     "vit": ("MergedViT", "Record", "patch", "unmerge", "unpatch"),
 }
 
 __all__ = [
-    "Front", "MergedViT", "PiToMe", "Policy", "Record", "Threshold", "TopR",
+    "AdaMerge", "AttentionPruning", "CappedThreshold", "Front", "MergedViT", "PiToMe", "Policy", "RandomMerging",
+    "RandomPruning", "Record", "RelativeThreshold", "StaticRates", "Threshold", "ToFu", "TopR",
     "load_front", "patch", "unmerge", "unpatch",
 ]  # fmt: skip
 

@@ -11,12 +11,10 @@ has one threshold for every layer that is run, and only those cost.
 """
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
@@ -140,33 +138,29 @@ class MergedTower(nn.Module):
     def _layer(self, tokens: Packed, index: int) -> Packed:
         layer: Any = self.model.encoder.layers[index]
         policy = self.policy
-        merging = policy is not None and policy.active(index)
-        out, metric = _attention(layer.self_attn, layer.layer_norm1(tokens.x), tokens.layout, tokens.sizes, merging)
+        out, qkv = _attention(layer.self_attn, layer.layer_norm1(tokens.x), tokens.layout, tokens.sizes)
         tokens = tokens.with_x(tokens.x + out)
-        if policy is not None and metric is not None:
+        if policy is not None and policy.active(index):
             context = merge.Context(
                 layer=index,
                 depth=self.depth,
                 protected=self.protected,
-                metric=metric,
+                metric=merge.features(qkv[:, 1]),
                 sizes=tokens.sizes,
                 layout=tokens.layout,
+                qkv=qkv,
             )
             tokens = merge.apply(tokens, policy.select(context))
         return tokens.with_x(tokens.x + layer.mlp(layer.layer_norm2(tokens.x)))
 
 
-def _attention(
-    attn: Any, x: Tensor, layout: Layout, sizes: Tensor | None, merging: bool
-) -> tuple[Tensor, Tensor | None]:
-    """CLIP's and SigLIP's attention on packed rows: (T, D) -> (T, D), and if merging the features (T, d)."""
+def _attention(attn: Any, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """CLIP's and SigLIP's attention on packed rows: (T, D) -> (T, D), and the (T, 3, H, d) queries, keys, values."""
     parts = [
         project(x).view(len(x), attn.num_heads, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     ]
-    out = attn.out_proj(attend(torch.stack(parts, dim=1), layout, sizes))
-    # The mean over heads, up to its length, which normalising removes.
-    metric = F.normalize(reduce(torch.add, parts[1].unbind(1)), dim=-1) if merging else None
-    return out, metric
+    qkv = torch.stack(parts, dim=1)
+    return attn.out_proj(attend(qkv, layout, sizes)), qkv
 
 
 def drop_leading(tokens: Packed, n: int) -> Packed:
@@ -223,7 +217,9 @@ def patch(tower: nn.Module, policy: Policy | None, *, layer: int = -2, skip: int
         raise ValueError(f"hidden state {layer} comes before the first layer: nothing can merge there")
     if policy is not None:
         if not isinstance(policy, Policy):
-            raise TypeError(f"policy is a {type(policy).__name__}: use Threshold, TopR, PiToMe or None")
+            raise TypeError(
+                f"policy is a {type(policy).__name__}: use one of tokmerge.policies or tokmerge.peers, or None"
+            )
         policy.check(depth)
     merged = MergedTower(tower, policy, depth, class_tokens if skip is None else skip)  # type: ignore[arg-type]
     return merged.train(tower.training)

@@ -228,7 +228,7 @@ def patch(
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
     if output_policy is not None:
         if not isinstance(output_policy, Policy):
-            raise TypeError(f"output_policy is a {type(output_policy).__name__}: use Threshold, TopR, PiToMe or None")
+            raise TypeError(f"output_policy is a {type(output_policy).__name__}: use one of tokmerge.policies, or None")
         output_policy.check(1)
         if cut == "tower":
             raise ValueError("cut='tower' sends tokens before the projector: merging its output needs cut='projector'")

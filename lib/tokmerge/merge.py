@@ -6,11 +6,12 @@ written anew for packed batches.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokmerge.packed import Layout, Packed
 
@@ -21,12 +22,18 @@ class Merges(NamedTuple):
     Attributes:
         src: (M,) packed rows, each at most once, none of them a dst.
         dst: (M,) packed rows of the same image.
-        lost: (B,) int64, merges of each image.
+        lost: (B,) int64, rows that disappear from each image.
+        dropped: rows that disappear without a trace, neither src nor dst; None for none.
+        weights: (T,) positive weights of the rows in the average; None for their sizes.
+        keep_norm: give every average the largest norm among those it was made of.
     """
 
     src: Tensor
     dst: Tensor
     lost: Tensor
+    dropped: Tensor | None = None
+    weights: Tensor | None = None
+    keep_norm: bool = False
 
 
 class Matches(NamedTuple):
@@ -59,6 +66,7 @@ class Context:
         metric: (T, d) matching features, unit length: mean over heads of the keys.
         sizes: (T,) patches each token stands for; None for all ones.
         layout: which rows belong to which image.
+        qkv: (T, 3, H, d) queries, keys and values of the layer; None where there are none.
     """
 
     layer: int
@@ -67,11 +75,34 @@ class Context:
     metric: Tensor
     sizes: Tensor | None
     layout: Layout
+    qkv: Tensor | None = None
 
     @cached_property
     def padded_metric(self) -> Tensor:
         """(B, longest, d)."""
         return self.layout.pad(self.metric)
+
+    @cached_property
+    def class_attention(self) -> Tensor:
+        """(T,) what each image's class token (its first) attends to, mean over heads: sums to 1 over an image.
+
+        Raises:
+            ValueError: the model has no class token, or attention is not known here.
+        """
+        if self.qkv is None or self.protected == 0:
+            raise ValueError("the policy needs the attention of a class token, and this model has none to give")
+        layout, (queries, keys) = self.layout, self.qkv[:, :2].unbind(1)
+        scores = (queries[layout.offsets][layout.image] * keys).sum(-1) * keys.shape[-1] ** -0.5
+        if self.sizes is not None:
+            scores = scores + self.sizes.log().to(scores.dtype)[:, None]
+        padded = layout.pad(scores).masked_fill(~layout.valid[..., None], float("-inf"))
+        return padded.softmax(1).mean(-1)[layout.valid]
+
+
+def features(keys: Tensor) -> Tensor:
+    """Matching features: the unit-length mean over heads of the keys, (T, H, d) -> (T, d)."""
+    # The mean over heads, up to its length, which normalising removes.
+    return F.normalize(reduce(torch.add, keys.unbind(1)), dim=-1)
 
 
 def match(context: Context) -> Matches:
@@ -92,35 +123,43 @@ def match(context: Context) -> Matches:
 
 
 def apply(tokens: Packed, merges: Merges) -> Packed:
-    """Merge: size-weighted mean of values, sum of sizes, order of the survivors kept.
+    """Merge: weighted mean of values, sum of sizes, order of the survivors kept; dropped rows leave nothing.
 
     Args:
         tokens: the batch; its source map is updated if it has one.
-        merges: which rows merge into which.
+        merges: which rows merge into which, and which are dropped.
     """
-    src, dst, lost = merges
-    if len(src) == 0:
+    src, dst, lost, dropped, weights, keep_norm = merges
+    if len(src) == 0 and (dropped is None or len(dropped) == 0):
         return tokens
     x, layout = tokens.x, tokens.layout
     sizes = tokens.sizes if tokens.sizes is not None else torch.ones(len(x), device=x.device)
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
     alive[src] = False
+    if dropped is not None:
+        alive[dropped] = False
     kept = alive.nonzero().squeeze(1)
 
-    total = x * sizes[:, None].to(x.dtype)
+    weights = sizes if weights is None else weights
+    total = x * weights[:, None].to(x.dtype)
     total.index_add_(0, dst, total.index_select(0, src))
-    sizes = sizes.index_add(0, dst, sizes.index_select(0, src)).index_select(0, kept)
-    merged = total.index_select(0, kept) / sizes[:, None].to(x.dtype)
+    sizes, mass = (part.index_add(0, dst, part.index_select(0, src)).index_select(0, kept) for part in (sizes, weights))
+    merged = total.index_select(0, kept) / mass[:, None].to(x.dtype)
+    if keep_norm:
+        norms = x.norm(dim=1)
+        target = norms.scatter_reduce(0, dst, norms[src], "amax")[kept]
+        received = torch.zeros_like(alive).index_fill_(0, dst, True)[kept]
+        scale = torch.where(received, target / merged.norm(dim=1).clamp_min(1e-12), 1.0)
+        merged = merged * scale[:, None]
 
     new_layout = Layout(layout.lengths - lost)
     source = tokens.source
     if source is not None:
-        target = torch.arange(len(x), device=x.device)
-        target[src] = dst
-        new_row = alive.cumsum(0) - 1
-        old_rows = source + layout.offsets[:, None]
-        moved = new_row[target[old_rows]] - new_layout.offsets[:, None]
-        source = torch.where(source < 0, source, moved)
+        target_row = torch.arange(len(x), device=x.device)
+        target_row[src] = dst
+        rows = target_row[source + layout.offsets[:, None]]
+        moved = (alive.cumsum(0) - 1)[rows] - new_layout.offsets[:, None]
+        source = torch.where((source < 0) | ~alive[rows], -1, moved)
     return Packed(merged, new_layout, sizes, source)
 
 

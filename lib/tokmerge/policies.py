@@ -43,7 +43,7 @@ class Policy(Protocol):
         ...
 
 
-def _per_layer(kind: str, name: str, values: object, number: type) -> tuple | Real:
+def per_layer(kind: str, name: str, values: object, number: type) -> tuple | Real:
     """A number, or one number per layer; TypeError / ValueError names the entry that is not."""
     what = "an integer" if number is Integral else "a number"
 
@@ -59,16 +59,19 @@ def _per_layer(kind: str, name: str, values: object, number: type) -> tuple | Re
     return checked(values, "")
 
 
-def _check_length(kind: str, name: str, values: object, depth: int) -> None:
+def check_length(kind: str, name: str, values: object, depth: int) -> None:
+    """Raise ValueError if there is not one value per block."""
     if isinstance(values, tuple) and len(values) != depth:
         raise ValueError(f"{kind}: {len(values)} {name} for a model of {depth} blocks: give one per block")
 
 
-def _at(values: object, layer: int) -> float:
+def at(values: object, layer: int) -> float:
+    """The value of one layer."""
     return values[layer] if isinstance(values, tuple) else values  # type: ignore[return-value]
 
 
-def _bipartite_macs(n: Tensor, d: int) -> Tensor:
+def bipartite_macs(n: Tensor, d: int) -> Tensor:
+    """MACs of the similarities between sets A and B of n tokens."""
     a = n - n // 2
     return a * (n - a) * d
 
@@ -92,40 +95,40 @@ class Threshold:
     thresholds: float | Sequence[float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "thresholds", _per_layer("Threshold", "thresholds", self.thresholds, Real))
+        object.__setattr__(self, "thresholds", per_layer("Threshold", "thresholds", self.thresholds, Real))
 
     def check(self, depth: int) -> None:
-        _check_length("Threshold", "thresholds", self.thresholds, depth)
+        check_length("Threshold", "thresholds", self.thresholds, depth)
 
     def active(self, layer: int) -> bool:
-        return _at(self.thresholds, layer) < 1.0
+        return at(self.thresholds, layer) < 1.0
 
     def select(self, context: Context) -> Merges:
         matches = match(context)
-        return matches.merges(matches.similarity > _at(self.thresholds, context.layer))
+        return matches.merges(matches.similarity > at(self.thresholds, context.layer))
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return _bipartite_macs(n, d)
+        return bipartite_macs(n, d)
 
 
 @dataclass(frozen=True)
-class _FixedR:
+class FixedR:
     """What policies that remove the same number of tokens from every image share: r, its checks, when it acts."""
 
     r: int | Sequence[int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", _per_layer(type(self).__name__, "r", self.r, Integral))
+        object.__setattr__(self, "r", per_layer(type(self).__name__, "r", self.r, Integral))
 
     def check(self, depth: int) -> None:
-        _check_length(type(self).__name__, "r values", self.r, depth)
+        check_length(type(self).__name__, "r values", self.r, depth)
 
     def active(self, layer: int) -> bool:
-        return _at(self.r, layer) > 0
+        return at(self.r, layer) > 0
 
 
 @dataclass(frozen=True)
-class TopR(_FixedR):
+class TopR(FixedR):
     """The r most similar pairs merge, the same number in every image (ToMe, Bolya et al., 2210.09461).
 
     Args:
@@ -138,21 +141,35 @@ class TopR(_FixedR):
 
     def select(self, context: Context) -> Merges:
         matches = match(context)
-        return matches.merges(_largest(matches.similarity, int(_at(self.r, context.layer))))
+        return matches.merges(largest(matches.similarity, int(at(self.r, context.layer))))
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return _bipartite_macs(n, d)
+        return bipartite_macs(n, d)
 
 
-def _largest(values: Tensor, r: int) -> Tensor:
-    """(B, A) bool: the r largest finite values of each row; of equal values the first."""
-    top = values.argsort(dim=1, descending=True, stable=True)[:, :r]
-    chosen = torch.zeros_like(values, dtype=torch.bool).scatter_(1, top, True)
+def largest(values: Tensor, r: int | Tensor) -> Tensor:
+    """(B, A) bool: the r largest finite values of each row; of equal values the first. r: one for all, or (B, 1)."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    if isinstance(r, int):
+        chosen = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order[:, :r], True)
+    else:
+        first = torch.arange(values.shape[1], device=values.device) < r
+        chosen = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, first)
     return chosen & values.isfinite()
 
 
+def moments(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each row's finite values, (B, 1) each; 0 for a row without any."""
+    finite = similarity.isfinite()
+    count = finite.sum(1, keepdim=True).clamp(min=1)
+    values = similarity.masked_fill(~finite, 0.0)
+    mean = values.sum(1, keepdim=True) / count
+    variance = ((values - mean).square() * finite).sum(1, keepdim=True) / count
+    return mean, variance.sqrt()
+
+
 @dataclass(frozen=True)
-class PiToMe(_FixedR):
+class PiToMe(FixedR):
     """Energy-based merging (Tran et al., 2405.16148): only tokens amid many similar ones may merge.
 
     The energy of token i is mean_j ELU(cos(m_i, m_j) - margin), margin = 0.75 (1 - l / L), over the other
@@ -175,7 +192,7 @@ class PiToMe(_FixedR):
         energy = (F.elu(scores - margin) * pairs).sum(2) / (n - 1).clamp(min=1)[:, None]
         order = energy.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
 
-        r = (n // 2).clamp(max=int(_at(self.r, context.layer)))
+        r = (n // 2).clamp(max=int(at(self.r, context.layer)))
         widest = int(r.max())
         used = torch.arange(widest, device=r.device) < r[:, None]
         a, b = order[:, : 2 * widest : 2], order[:, 1 : 2 * widest : 2]
@@ -213,7 +230,7 @@ class Observe:
         return matches.merges(nothing)
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return _bipartite_macs(n, d)
+        return bipartite_macs(n, d)
 
     def calibration(self, points: int = 1001) -> "Calibration":
         """The distribution of what was seen, at each layer."""

@@ -8,14 +8,12 @@
 """
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tokmerge import merge, wire
 from tokmerge.cost import ViTCost
@@ -174,26 +172,24 @@ class MergedViT(nn.Module):
     def _block(self, tokens: Packed, layer: int) -> Packed:
         block: Any = self.model.blocks[layer]
         policy = self.policy
-        merging = policy is not None and policy.active(layer)
-        out, metric = _attention(block.attn, block.norm1(tokens.x), tokens.layout, tokens.sizes, merging)
+        out, qkv = _attention(block.attn, block.norm1(tokens.x), tokens.layout, tokens.sizes)
         tokens = tokens.with_x(tokens.x + block.drop_path1(block.ls1(out)))
-        if policy is not None and metric is not None:
+        if policy is not None and policy.active(layer):
             context = merge.Context(
                 layer=layer,
                 depth=len(self.model.blocks),
                 protected=self.model.num_prefix_tokens,
-                metric=metric,
+                metric=merge.features(qkv[:, 1]),
                 sizes=tokens.sizes,
                 layout=tokens.layout,
+                qkv=qkv,
             )
             tokens = merge.apply(tokens, policy.select(context))
         return tokens.with_x(tokens.x + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens.x)))))
 
 
-def _attention(
-    attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None, merging: bool
-) -> tuple[Tensor, Tensor | None]:
-    """timm's Attention on packed rows: (T, D) -> (T, D), and if merging the matching features (T, d)."""
+def _attention(attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """timm's Attention on packed rows: (T, D) -> (T, D), and the (T, 3, H, d) queries, keys and values."""
     qkv = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim)
     if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
         q, k, v = qkv.unbind(1)
@@ -201,9 +197,7 @@ def _attention(
     out = attn.norm(attend(qkv, layout, sizes))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    # The mean over heads, up to its length, which normalising removes.
-    metric = F.normalize(reduce(torch.add, qkv[:, 1].unbind(1)), dim=-1) if merging else None
-    return attn.proj_drop(attn.proj(out)), metric
+    return attn.proj_drop(attn.proj(out)), qkv
 
 
 def patch(
@@ -241,7 +235,9 @@ def patch(
     depth = len(model.blocks)
     if policy is not None:
         if not isinstance(policy, Policy):
-            raise TypeError(f"policy is a {type(policy).__name__}: use Threshold, TopR, PiToMe or None")
+            raise TypeError(
+                f"policy is a {type(policy).__name__}: use one of tokmerge.policies or tokmerge.peers, or None"
+            )
         policy.check(depth)
     if precision not in wire.PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(wire.PRECISIONS)}")
