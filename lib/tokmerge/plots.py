@@ -22,7 +22,7 @@ COLORS = {
     "ax": "#009E73",
     "ax schedule": "#56B4E9",
     "ax per block": "#332288",
-    "ax any start": "#F0E442",
+    "ax rising start": "#F0E442",
     "ax cosine": "#999999",
     "ax kl": "#882255",
     "ax top-1": "#44AA99",

@@ -56,7 +56,7 @@ class Settings:
         n_curve: trials that start the search along the uniform-threshold curve.
         n_sobol: space-filling trials after those (scrambled Sobol points); the model proposes all further ones.
         start_knots: spread those over profiles that so many knots describe and whose merging rises with depth, instead
-            of over all parameters: nearly all points of a cube of many dimensions are jagged, and poor.
+            of over all parameters.
         noise: what Ax is told about the values. ``"none"``: exact (they are, on these images); ``"known"``: with
             their standard errors; ``"inferred"``: the model estimates it.
         samples: Monte-Carlo samples of the acquisition function (Ax's own default: 128); the time a proposal takes
@@ -71,7 +71,7 @@ class Settings:
     reference: tuple[float, float, float] = (0.25, 0.7, 0.4)
     n_curve: int = 0
     n_sobol: int = 10
-    start_knots: int | None = 3
+    start_knots: int | None = None
     noise: str = "none"
     samples: int = 32
     restarts: int = 4
