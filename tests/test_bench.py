@@ -29,6 +29,7 @@ def test_compare_runs_every_variant(images):
     assert expected < 0.8
     assert (table.speedup_over_macs_reduction == table.speedup * table.macs_ratio).all()
     assert table.peak_megabytes["merged"] < 1.5 * table.peak_megabytes["unpatched"]
+    assert table.peak_megabytes["off"] < 1.05 * table.peak_megabytes["unpatched"]
 
 
 def test_deit_small_is_the_geometry_and_leaves_the_seed_alone():

@@ -137,21 +137,14 @@ class MergedTower(nn.Module):
 
     def _layer(self, tokens: Packed, index: int) -> Packed:
         layer: Any = self.model.encoder.layers[index]
-        policy = self.policy
+        tokens = self._attend(layer, tokens, index)
+        return tokens.with_x(tokens.x + layer.mlp(layer.layer_norm2(tokens.x)))
+
+    def _attend(self, layer: Any, tokens: Packed, index: int) -> Packed:
+        """Attention and merging, by themselves: queries, keys and values are gone before the MLP needs the memory."""
         out, qkv = _attention(layer.self_attn, layer.layer_norm1(tokens.x), tokens.layout, tokens.sizes)
         tokens = tokens.with_x(tokens.x + out)
-        if policy is not None and policy.active(index):
-            context = merge.Context(
-                layer=index,
-                depth=self.depth,
-                protected=self.protected,
-                metric=merge.features(qkv[:, 1]),
-                sizes=tokens.sizes,
-                layout=tokens.layout,
-                qkv=qkv,
-            )
-            tokens = merge.apply(tokens, policy.select(context))
-        return tokens.with_x(tokens.x + layer.mlp(layer.layer_norm2(tokens.x)))
+        return merge.step(tokens, self.policy, layer=index, depth=self.depth, protected=self.protected, qkv=qkv)
 
 
 def _attention(attn: Any, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,16 @@ written anew for packed batches.
 
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokmerge.packed import Layout, Packed
+
+if TYPE_CHECKING:
+    from tokmerge.policies import Policy
 
 
 class Merges(NamedTuple):
@@ -120,6 +123,28 @@ def match(context: Context) -> Matches:
     if not layout.uniform:
         similarity = similarity.masked_fill(~layout.valid[:, first::2], float("-inf"))
     return Matches(similarity, rows_a, layout.offsets[:, None] + best * 2 + (first + 1))
+
+
+def step(tokens: Packed, policy: "Policy | None", *, layer: int, depth: int, protected: int, qkv: Tensor) -> Packed:
+    """What a policy makes of the tokens after one layer's attention.
+
+    Args:
+        tokens: the batch, residual stream after attention.
+        policy: what merges; None for nothing.
+        layer, depth, protected, qkv: as in `Context`.
+    """
+    if policy is None or not policy.active(layer):
+        return tokens
+    context = Context(
+        layer=layer,
+        depth=depth,
+        protected=protected,
+        metric=features(qkv[:, 1]),
+        sizes=tokens.sizes,
+        layout=tokens.layout,
+        qkv=qkv,
+    )
+    return apply(tokens, policy.select(context))
 
 
 def apply(tokens: Packed, merges: Merges) -> Packed:

@@ -171,21 +171,15 @@ class MergedViT(nn.Module):
 
     def _block(self, tokens: Packed, layer: int) -> Packed:
         block: Any = self.model.blocks[layer]
-        policy = self.policy
+        tokens = self._attend(block, tokens, layer)
+        return tokens.with_x(tokens.x + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens.x)))))
+
+    def _attend(self, block: Any, tokens: Packed, layer: int) -> Packed:
+        """Attention and merging, by themselves: queries, keys and values are gone before the MLP needs the memory."""
         out, qkv = _attention(block.attn, block.norm1(tokens.x), tokens.layout, tokens.sizes)
         tokens = tokens.with_x(tokens.x + block.drop_path1(block.ls1(out)))
-        if policy is not None and policy.active(layer):
-            context = merge.Context(
-                layer=layer,
-                depth=len(self.model.blocks),
-                protected=self.model.num_prefix_tokens,
-                metric=merge.features(qkv[:, 1]),
-                sizes=tokens.sizes,
-                layout=tokens.layout,
-                qkv=qkv,
-            )
-            tokens = merge.apply(tokens, policy.select(context))
-        return tokens.with_x(tokens.x + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens.x)))))
+        depth, protected = len(self.model.blocks), self.model.num_prefix_tokens
+        return merge.step(tokens, self.policy, layer=layer, depth=depth, protected=protected, qkv=qkv)
 
 
 def _attention(attn: Attention, x: Tensor, layout: Layout, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
