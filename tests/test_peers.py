@@ -154,7 +154,6 @@ def test_equals_its_definition(images, policy, decide):
 
 @case
 def test_a_batch_gives_every_image_what_it_gets_alone(images, policy, decide):
-    # After another policy, so that the images come with different token counts.
     merged = tokmerge.patch(build().double(), policy)
     logits, record = merged(images.double())
     for i, image in enumerate(images.double()):

@@ -162,13 +162,11 @@ class AttentionPruning(FixedR):
     """
 
     def select(self, context: Context) -> Merges:
-        rows, order, n = _least_attended(context)
-        r = (n - 1).clamp(min=0, max=int(at(self.r, context.layer)))
-        used = torch.arange(order.shape[1], device=r.device) < r[:, None]
+        rows, r, used = _lowest(context, _attended(context), int(at(self.r, context.layer)))
         # Where an image has no token left to fuse, nothing is used.
-        last = order.gather(1, r.clamp(max=order.shape[1] - 1)[:, None]).expand_as(order)
+        last = rows.gather(1, r.clamp(max=rows.shape[1] - 1)[:, None]).expand_as(rows)
         weights = context.class_attention.clamp_min(1e-12)
-        return Merges((rows + order)[used], (rows + last)[used], r, weights=weights)
+        return Merges(rows[used], last[used], r, weights=weights)
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         return torch.zeros_like(n)
@@ -204,9 +202,8 @@ class StaticRates:
         layout, layer = context.layout, context.layer
         dropped, n_dropped = layout.offsets[:0], torch.zeros_like(layout.lengths)
         if at(self.prune, layer):
-            rows, order, n = _least_attended(context)
-            n_dropped = (n - 1).clamp(min=0, max=int(at(self.prune, layer)))
-            dropped = (rows + order)[torch.arange(order.shape[1], device=n.device) < n_dropped[:, None]]
+            rows, n_dropped, used = _lowest(context, _attended(context), int(at(self.prune, layer)))
+            dropped = rows[used]
         kept = torch.ones(len(context.metric), dtype=torch.bool, device=dropped.device)
         kept[dropped] = False
         kept = kept.nonzero().squeeze(1)
@@ -267,26 +264,31 @@ class RandomPruning(FixedR):
     seed: int = 0
 
     def select(self, context: Context) -> Merges:
-        layout, first = context.layout, context.protected
-        n = layout.lengths - first
-        places = torch.arange(int(n.max()), device=n.device)
-        (score,) = _noise(context, self.seed, len(places), 1)
-        r = (n - 1).clamp(min=0, max=int(at(self.r, context.layer)))
-        possible = places < n[:, None]
-        chosen = largest(score.masked_fill(~possible, float("-inf")), r[:, None])
-        rows = (layout.offsets[:, None] + first + places)[chosen]
-        return Merges(rows[:0], rows[:0], chosen.sum(1), dropped=rows)
+        (score,) = _noise(context, self.seed, context.layout.longest - context.protected, 1)
+        rows, r, used = _lowest(context, -score, int(at(self.r, context.layer)))
+        nothing = rows.new_empty(0)
+        return Merges(nothing, nothing, r, dropped=rows[used])
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         return torch.zeros_like(n)
 
 
-def _least_attended(context: Context) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, 1) first row that may go, (B, U) places after it from the least to the most attended, (B,) how many."""
+def _attended(context: Context) -> Tensor:
+    """(B, U) the class token's attention to the tokens that may go, padded."""
+    return context.layout.pad(context.class_attention)[:, context.protected :]
+
+
+def _lowest(context: Context, scores: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that may go, from the lowest of their (B, U) scores to the highest.
+
+    Returns:
+        (B, U) their packed rows; (B,) how many go, at most r, and one always stays; (B, U) bool: those that go.
+    """
     layout, first = context.layout, context.protected
-    attention = layout.pad(context.class_attention)[:, first:]
-    order = attention.masked_fill(~layout.valid[:, first:], float("inf")).argsort(dim=1, stable=True)
-    return layout.offsets[:, None] + first, order, layout.lengths - first
+    order = scores.masked_fill(~layout.valid[:, first:], float("inf")).argsort(dim=1, stable=True)
+    n = (layout.lengths - first - 1).clamp(min=0, max=r)
+    used = torch.arange(order.shape[1], device=n.device) < n[:, None]
+    return layout.offsets[:, None] + first + order, n, used
 
 
 def _noise(context: Context, seed: int, n: int, draws: int) -> list[Tensor]:

@@ -1,35 +1,24 @@
 """What some peers need to know before they merge: statistics and thresholds measured on calibration images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tokmerge import evaluate
 from tokmerge.data import Batch
-from tokmerge.merge import Context, Merges, match
-from tokmerge.policies import Observe, Policy, Threshold, check_length, moments
+from tokmerge.merge import Context, Merges
+from tokmerge.policies import Observe, Policy, Threshold, check_length
 from tokmerge.vit import patch
-
-
-@dataclass(frozen=True)
-class _Means(Observe):
-    """Also keeps the mean best-match similarity of every image."""
-
-    means: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def select(self, context: Context) -> Merges:
-        matches = match(context)
-        self.means.setdefault(context.layer, []).append(moments(matches.similarity)[0].cpu())
-        return matches.merges(torch.zeros_like(matches.similarity, dtype=torch.bool))
 
 
 def similarity_statistics(model: nn.Module, batches: Sequence[Batch]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation over images of their mean best-match similarity, one per block: for `AdaMerge`."""
-    observer = _Means()
-    evaluate.run(patch(model, observer), batches)
-    layers = [torch.cat(observer.means[layer]) for layer in sorted(observer.means)]
+    observer = Observe()
+    n_images = len(evaluate.run(patch(model, observer), batches).ids)
+    # Nothing merges while observing: every image has as many matches as any other.
+    layers = [torch.cat(observer.seen[layer]).view(n_images, -1).mean(1) for layer in sorted(observer.seen)]
     return tuple(part.mean().item() for part in layers), tuple(part.std().item() for part in layers)
 
 
