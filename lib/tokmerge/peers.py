@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tokmerge.merge import Context, Merges, match
-from tokmerge.packed import Layout
 from tokmerge.policies import (
     FixedR,
     TopR,
@@ -176,12 +175,12 @@ class AttentionPruning(FixedR):
 class StaticRates:
     """Prune, then merge, in numbers fixed for all images (DiffRate, Chen et al., 2305.17997, without its training).
 
-    At every block the tokens that the class token attends to least are dropped, then the most similar pairs of the
-    others merge.
+    At every block the tokens that the class token attends to least are dropped, and the next least attended merge,
+    each into its most similar one among those that stay.
 
     Args:
         prune: tokens dropped at every block, or one number per block. One token always stays.
-        merge: pairs merged at every block, or one number per block.
+        merge: tokens merged at every block, or one number per block. One token always stays.
     """
 
     prune: int | Sequence[int]
@@ -199,28 +198,26 @@ class StaticRates:
         return at(self.prune, layer) + at(self.merge, layer) > 0
 
     def select(self, context: Context) -> Merges:
-        layout, layer = context.layout, context.layer
-        dropped, n_dropped = layout.offsets[:0], torch.zeros_like(layout.lengths)
-        if at(self.prune, layer):
-            rows, n_dropped, used = _lowest(context, _attended(context), int(at(self.prune, layer)))
-            dropped = rows[used]
-        kept = torch.ones(len(context.metric), dtype=torch.bool, device=dropped.device)
-        kept[dropped] = False
-        kept = kept.nonzero().squeeze(1)
-        rest = Context(
-            layer=layer,
-            depth=context.depth,
-            protected=context.protected,
-            metric=context.metric[kept],
-            sizes=None if context.sizes is None else context.sizes[kept],
-            layout=Layout(layout.lengths - n_dropped),
-        )
-        matches = match(rest)
-        merges = matches.merges(largest(matches.similarity, int(at(self.merge, layer))))
-        return Merges(kept[merges.src], kept[merges.dst], n_dropped + merges.lost, dropped=dropped)
+        layer, first = context.layer, context.protected
+        prune, merge = int(at(self.prune, layer)), int(at(self.merge, layer))
+        rows, lost, going = _lowest(context, _attended(context), prune + merge)
+        place = torch.arange(rows.shape[1], device=rows.device)
+        dropped, merging = going & (place < prune), going & (place >= prune)
+        src = rows[:, prune : prune + merge]
+        if src.shape[1] == 0:
+            return Merges(rows[merging], rows[merging], lost, dropped=rows[dropped])
+        staying = context.layout.valid[:, first:].gather(1, order := rows - context.layout.offsets[:, None] - first)
+        staying = staying & ~going
+        metric = context.padded_metric[:, first:].gather(1, order[..., None].expand(-1, -1, context.metric.shape[1]))
+        scores = metric[:, prune : prune + merge] @ metric.transpose(1, 2)
+        best = scores.masked_fill(~staying[:, None, :], float("-inf")).argmax(2)
+        used = merging[:, prune : prune + merge]
+        return Merges(src[used], rows.gather(1, best)[used], lost, dropped=rows[dropped])
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return bipartite_macs(n, d)
+        left = (n - n.new_tensor(self.prune)).clamp(min=1).minimum(n)
+        merged = torch.minimum((left - 1).clamp(min=0), n.new_tensor(self.merge))
+        return merged * (left - merged) * d
 
 
 @dataclass(frozen=True)

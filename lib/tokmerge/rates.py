@@ -1,24 +1,57 @@
 """What some peers need to know before they merge: statistics and thresholds measured on calibration images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tokmerge import evaluate
 from tokmerge.data import Batch
-from tokmerge.merge import Context, Merges
-from tokmerge.policies import Observe, Policy, Threshold, check_length
+from tokmerge.merge import Context, Merges, match
+from tokmerge.policies import Observe, Policy, Threshold, bipartite_macs, check_length, moments
 from tokmerge.vit import patch
 
 
-def similarity_statistics(model: nn.Module, batches: Sequence[Batch]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation over images of their mean best-match similarity, one per block: for `AdaMerge`."""
-    observer = Observe()
-    n_images = len(evaluate.run(patch(model, observer), batches).ids)
-    # Nothing merges while observing: every image has as many matches as any other.
-    layers = [torch.cat(observer.seen[layer]).view(n_images, -1).mean(1) for layer in sorted(observer.seen)]
+@dataclass(frozen=True)
+class _Watched:
+    """A policy, or None for nothing, that keeps every image's mean best-match similarity at each layer."""
+
+    policy: Policy | None
+    seen: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def check(self, depth: int) -> None:
+        if self.policy is not None:
+            self.policy.check(depth)
+
+    def active(self, layer: int) -> bool:
+        return True
+
+    def select(self, context: Context) -> Merges:
+        matches = match(context)
+        self.seen.setdefault(context.layer, []).append(moments(matches.similarity)[0].squeeze(1).cpu())
+        if self.policy is not None and self.policy.active(context.layer):
+            return self.policy.select(context)
+        return matches.merges(torch.zeros_like(matches.similarity, dtype=torch.bool))
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return bipartite_macs(n, d)
+
+
+def similarity_statistics(
+    model: nn.Module, batches: Sequence[Batch], policy: Policy | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation over images of their mean best-match similarity, one per block: for `AdaMerge`.
+
+    Args:
+        model: timm VisionTransformer.
+        batches: calibration images.
+        policy: what merges meanwhile. Merging leaves tokens that are less alike: against statistics of the unmerged
+            model every image looks poor in the later blocks. None: nothing.
+    """
+    watched = _Watched(policy)
+    evaluate.run(patch(model, watched), batches)
+    layers = [torch.cat(watched.seen[layer]) for layer in sorted(watched.seen)]
     return tuple(part.mean().item() for part in layers), tuple(part.std().item() for part in layers)
 
 
