@@ -7,6 +7,7 @@ cells are left blank, so scenes differ in how many tokens they deserve.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,15 +67,20 @@ def load(
     Raises:
         DataError: unknown split or source, or the photos cannot be had.
     """
+    return generate(photos(split, source, path=path, data_dir=data_dir), n, seed=seed, split=split)
+
+
+def photos(split: str, source: str = "fashion-mnist", **where: Any) -> ImageSet:
+    """The photos of one split; no photo is in two of them. Arguments and errors as in `load`."""
     if split not in ("train", "search", "test") or source not in ("fashion-mnist", "sample"):
         raise DataError(
             f"no scenes of split {split!r} from {source!r}: use train, search or test from fashion-mnist or sample"
         )
-    photos = data.load(source, "test" if split == "test" else "train", path=path, data_dir=data_dir)
+    everything = data.load(source, "test" if split == "test" else "train", **where)
     if split != "test":
-        search, rest = data.search_split(photos.labels, round(len(photos) * SEARCH_SHARE), SEARCH_SEED)
-        photos = data.subset(photos, search if split == "search" else rest)
-    return generate(photos, n, seed=seed, split=split)
+        search, rest = data.search_split(everything.labels, round(len(everything) * SEARCH_SHARE), SEARCH_SEED)
+        return data.subset(everything, search if split == "search" else rest)
+    return everything
 
 
 def generate(photos: ImageSet, n: int, *, seed: int, split: str) -> Scenes:
