@@ -6,8 +6,9 @@ from conftest import build
 from tokmerge import data, evaluate, objective, store
 from tokmerge.data import Batch
 from tokmerge.evaluate import Outcome
-from tokmerge.objective import Configuration, Objective, Space
+from tokmerge.objective import Objective
 from tokmerge.policies import Calibration, Threshold, TopR
+from tokmerge.spaces import Configuration
 
 CALIBRATION = Calibration(np.tile(np.linspace(0.5, 1, 11), (4, 1)))
 
@@ -91,64 +92,6 @@ def test_a_cheap_look_uses_the_first_images(measured):
     assert few == pytest.approx(alone(Configuration(Threshold(0.5))), abs=1e-6)
     with pytest.raises(ValueError, match="cannot measure on 6 of 5"):
         measured(Configuration(None), n_images=6)
-
-
-def test_spaces_map_parameters_to_thresholds():
-    calibrated = Space("calibrated", 4, CALIBRATION)
-    assert list(calibrated.bounds) == ["u_00", "u_01", "u_02", "u_03"]
-    point = dict(zip(calibrated.bounds, (0.0, 0.2, 0.5, 1.0), strict=True))
-    assert calibrated.configuration(point).policy == Threshold(CALIBRATION.thresholds([0.0, 0.2, 0.5, 1.0]))
-    raw = Space("cosine", 4)
-    assert set(raw.bounds.values()) == {(objective.LOWEST_COSINE, 1.0)}
-    thresholds = [0.9, 0.8, 0.7, 0.6]
-    assert raw.configuration(dict(zip(raw.bounds, thresholds, strict=True))).policy == Threshold(thresholds)
-
-
-def test_knots_are_interpolated_over_the_depth():
-    schedule = Space("calibrated", 4, CALIBRATION, knots=2)
-    assert list(schedule.bounds) == ["u_00", "u_01"]
-    found = schedule.configuration({"u_00": 0.0, "u_01": 0.9}).policy
-    np.testing.assert_allclose(found.thresholds, CALIBRATION.thresholds([0.0, 0.3, 0.6, 0.9]))
-    full = Space("calibrated", 4, CALIBRATION, knots=4)
-    point = {f"u_{i:02d}": i / 4 for i in range(4)}
-    assert full.configuration(point) == Space("calibrated", 4, CALIBRATION).configuration(point)
-
-
-def test_curve_and_sobol_points_are_inside_the_bounds():
-    space = Space("cosine", 4)
-    assert [set(point.values()) for point in space.curve(3)] == [{0.625}, {0.75}, {0.875}]
-    points = space.sobol(16, seed=1)
-    values = np.array([list(point.values()) for point in points])
-    assert values.shape == (16, 4)
-    assert ((values >= 0.5) & (values <= 1)).all()
-    # Space-filling: of 16 points every half of every parameter holds 8.
-    assert ((values < 0.75).sum(0) == 8).all()
-    assert points == space.sobol(16, seed=1) != space.sobol(16, seed=2)
-    smooth = np.array([list(point.values()) for point in space.sobol(8, seed=1, knots=2)])
-    np.testing.assert_allclose(np.diff(smooth, n=2), 0, atol=1e-12)
-    # Merging rises with depth: the cosine falls, the share grows.
-    assert (np.diff(smooth) < 0).all()
-    shares = Space("calibrated", 4, CALIBRATION).sobol(8, seed=1, knots=2)
-    assert (np.diff([list(point.values()) for point in shares]) > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("cubic", 4), "unknown search space 'cubic': use one of calibrated, cosine"),
-        (("calibrated", 4), "needs a calibration of 4 layers"),
-        (("calibrated", 5, CALIBRATION), "needs a calibration of 5 layers"),
-        (("cosine", 4, None, 1), "1 knots over 4 blocks: use 2 to 4"),
-    ],
-)
-def test_bad_spaces_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Space(*arguments)
-
-
-def test_rows_say_what_was_evaluated():
-    assert Configuration(TopR((2, 1))).row() == {"policy": "TopR", "r": (2, 1), "precision": "float16"}
-    assert Configuration(None, "int8").row() == {"policy": "None", "precision": "int8"}
 
 
 def test_load_takes_search_images_only(tmp_path):

@@ -11,9 +11,9 @@ from ax.core.trial_status import TrialStatus
 from ax.service.utils.best_point import get_trace
 from botorch.acquisition.multi_objective import logei
 from tokmerge import pareto, store, workers
-from tokmerge.objective import Space
 from tokmerge.policies import Calibration
 from tokmerge.search import Search, Settings, begin
+from tokmerge.spaces import threshold_space
 from tokmerge.trials import Trial
 
 QUICK = {
@@ -109,7 +109,11 @@ def test_a_search_left_between_batches_and_workers_out_of_order_change_nothing(w
 
 def test_another_space_is_another_search(tmp_path):
     low, high = (Calibration(np.tile(np.linspace(start, 1, 11), (3, 1))) for start in (0.2, 0.5))
-    spaces = [Space("calibrated", 3, low), Space("calibrated", 3, high), Space("calibrated", 3, low, knots=3)]
+    spaces = [
+        threshold_space("calibrated", 3, low),
+        threshold_space("calibrated", 3, high),
+        threshold_space("calibrated", 3, low, knots=3),
+    ]
     folders = [Search(tmp_path, space, Settings(**QUICK)).folder for space in [*spaces, spaces[0]]]
     assert len(set(folders)) == 3
     assert folders[0] == folders[3]

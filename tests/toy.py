@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokmerge.objective import Space
+from tokmerge.spaces import threshold_space
 
 REFERENCE = (0.1, 1.0, 1.0)
-SPACE = Space("cosine", depth=2)
+SPACE = threshold_space("cosine", depth=2)
 
 
 def measure(configuration):

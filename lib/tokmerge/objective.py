@@ -1,14 +1,13 @@
-"""What the search evaluates: a point of the search space is a configuration, a configuration has a price and a loss.
+"""What the search evaluates: a configuration has a price and a loss.
 
 Everything is measured on the same images as the unmerged model and relative to it, image by image: most of the
 noise of drawing those images cancels.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,123 +15,12 @@ from torch.nn import functional as F
 from tokmerge import data, evaluate, models, paths, store
 from tokmerge.data import Batch
 from tokmerge.evaluate import Outcome
-from tokmerge.policies import Calibration, Policy, Threshold
+from tokmerge.spaces import Configuration
 from tokmerge.vit import patch
 
 # What may stand on the accuracy axis; each is 0 for the unmerged model and grows as merging does harm.
 AXES = ("kl", "root_kl", "loss_rise", "top1_drop")
 COSTS = ("macs_ratio", "bytes_ratio")
-SPACES = ("calibrated", "cosine")
-# Raw cosines are searched from here to 1. Below, every layer of a trained model merges nearly all it can.
-LOWEST_COSINE = 0.5
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """All that distinguishes one evaluation from another.
-
-    Attributes:
-        policy: what merges; None for nothing.
-        precision: of the token values in the payload.
-    """
-
-    policy: Policy | None
-    precision: str = "float16"
-
-    def row(self) -> dict[str, Any]:
-        """The configuration as columns of a table: policy, its own fields, precision."""
-        if self.policy is None:
-            return {"policy": "None", "precision": self.precision}
-        values = asdict(self.policy)  # type: ignore[call-overload]
-        return {"policy": type(self.policy).__name__, **values, "precision": self.precision}
-
-
-@dataclass(frozen=True)
-class Space:
-    """Parameters to search over, and the configuration that a choice of them stands for.
-
-    Args:
-        kind: ``"calibrated"``: shares u of set A to merge, in [0, 1]. ``"cosine"``: cosine thresholds.
-        depth: number of blocks.
-        calibration: maps shares to thresholds; needed by ``"calibrated"``.
-        knots: None for one parameter per block; else this many, interpolated linearly over the depth.
-
-    Raises:
-        ValueError: unknown kind, a missing or unfitting calibration, or a number of knots outside 2 to depth.
-
-    >>> space = Space("cosine", depth=3, knots=2)
-    >>> space.configuration({"tau_00": 1.0, "tau_01": 0.5}).policy
-    Threshold(thresholds=(1.0, 0.75, 0.5))
-    """
-
-    kind: str
-    depth: int
-    calibration: Calibration | None = None
-    knots: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in SPACES:
-            raise ValueError(f"unknown search space {self.kind!r}: use one of {', '.join(SPACES)}")
-        if self.kind == "calibrated" and (self.calibration is None or len(self.calibration.quantiles) != self.depth):
-            raise ValueError(f"a calibrated space of {self.depth} blocks needs a calibration of {self.depth} layers")
-        if self.knots is not None and not 2 <= self.knots <= self.depth:
-            raise ValueError(f"{self.knots} knots over {self.depth} blocks: use 2 to {self.depth}, or None")
-
-    @property
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """Lowest and highest value of each parameter."""
-        name, low = ("u", 0.0) if self.kind == "calibrated" else ("tau", LOWEST_COSINE)
-        return {f"{name}_{index:02d}": (low, 1.0) for index in range(self.knots or self.depth)}
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What tells this space from another: bounds, depth, knots, and the layers' mean similarities."""
-        means = None if self.calibration is None else self.calibration.quantiles.mean(1).round(5).tolist()
-        return {"bounds": self.bounds, "depth": self.depth, "knots": self.knots, "calibration": means}
-
-    def configuration(self, parameters: Mapping[str, float]) -> Configuration:
-        """The configuration that these parameters stand for."""
-        values = [float(parameters[name]) for name in self.bounds]
-        if self.knots is not None:
-            places = np.linspace(0, self.depth - 1, self.knots)
-            values = [float(value) for value in np.interp(range(self.depth), places, values)]
-        if self.calibration is not None and self.kind == "calibrated":
-            return Configuration(Threshold(self.calibration.thresholds(values)))
-        return Configuration(Threshold(values))
-
-    def curve(self, n: int) -> list[dict[str, float]]:
-        """n choices with all parameters equal, evenly spaced inside the bounds: the uniform-threshold curve."""
-        steps = [(index + 1) / (n + 1) for index in range(n)]
-        return [{name: low + (high - low) * step for name, (low, high) in self.bounds.items()} for step in steps]
-
-    def sobol(self, n: int, seed: int, knots: int | None = None) -> list[dict[str, float]]:
-        """n space-filling choices: scrambled Sobol points.
-
-        Args:
-            n: how many.
-            seed: of the scrambling.
-            knots: spread over the profiles that so many knots describe and whose merging rises with depth; None:
-                over all parameters.
-        """
-        if n == 0:
-            return []
-        count = len(self.bounds)
-        engine = torch.quasirandom.SobolEngine(knots or count, scramble=True, seed=seed)
-        points = engine.draw(n, dtype=torch.double).numpy()
-        if knots is not None:
-            places = np.linspace(0, count - 1, knots)
-            # A high share merges more, a high cosine less.
-            rising = np.sort(points) if self.kind == "calibrated" else np.sort(points)[:, ::-1]
-            points = np.array([np.interp(range(count), places, point) for point in rising])
-        return self.scale(points)
-
-    def scale(self, unit: np.ndarray) -> list[dict[str, float]]:
-        """Points of the unit cube as parameters: (n, parameters) -> n choices."""
-        limits = self.bounds.items()
-        return [
-            {name: low + (high - low) * float(x) for (name, (low, high)), x in zip(limits, row, strict=True)}
-            for row in unit
-        ]
 
 
 @dataclass

@@ -15,8 +15,9 @@ from pymoo.core.evaluator import Evaluator
 from pymoo.core.problem import Problem
 from pymoo.problems.static import StaticProblem
 
-from tokmerge.objective import COSTS, LOWEST_COSINE, Configuration, Space
+from tokmerge.objective import COSTS
 from tokmerge.policies import Threshold, TopR
+from tokmerge.spaces import LOWEST_COSINE, Configuration, Space
 from tokmerge.trials import COMPLETED, AskTell, Trial, Trials
 
 Method = Generator[list[tuple[dict[str, float], Configuration]], np.ndarray, None]

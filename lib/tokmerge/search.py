@@ -33,7 +33,8 @@ from botorch.acquisition.multi_objective.logei import (
 )
 
 from tokmerge import pareto, store
-from tokmerge.objective import AXES, COSTS, Space
+from tokmerge.objective import AXES, COSTS
+from tokmerge.spaces import Space
 from tokmerge.trials import COMPLETED, AskTell, Trial, Trials
 
 set_stderr_log_level(logging.ERROR)

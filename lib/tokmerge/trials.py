@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from tokmerge import store
-from tokmerge.objective import Configuration
+from tokmerge.spaces import Configuration
 
 Result = Mapping[str, float] | Exception
 COMPLETED, FAILED = "completed", "failed"

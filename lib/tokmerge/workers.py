@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokmerge.objective import Configuration
+from tokmerge.spaces import Configuration
 from tokmerge.trials import Result, Trial
 
 Evaluate = Callable[[Configuration], dict[str, float]]

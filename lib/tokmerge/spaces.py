@@ -1,0 +1,148 @@
+"""Search spaces: a point is a few numbers between bounds, and stands for a configuration that can be evaluated."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokmerge.policies import Calibration, Policy, Threshold
+
+KINDS = ("calibrated", "cosine")
+# Raw cosines are searched from here to 1. Below, every layer of a trained model merges nearly all it can.
+LOWEST_COSINE = 0.5
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All that distinguishes one evaluation from another.
+
+    Attributes:
+        policy: what merges; None for nothing.
+        precision: of the token values in the payload.
+    """
+
+    policy: Policy | None
+    precision: str = "float16"
+
+    def row(self) -> dict[str, Any]:
+        """The configuration as columns of a table: policy, its own fields, precision."""
+        if self.policy is None:
+            return {"policy": "None", "precision": self.precision}
+        values = asdict(self.policy)  # type: ignore[call-overload]
+        return {"policy": type(self.policy).__name__, **values, "precision": self.precision}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Parameters to search over, and the configuration that a choice of them stands for.
+
+    Args:
+        depth: number of blocks.
+        profiles: values that vary over the depth, by name, with the lowest and the highest.
+        build: takes every profile as a list of ``depth`` values, by name, and gives the configuration.
+        knots: None for one parameter per block; else this many per profile, interpolated linearly over the depth.
+        rising: larger values merge more.
+        settled: what else tells this space from others.
+
+    Raises:
+        ValueError: a number of knots outside 2 to depth.
+
+    >>> space = threshold_space("cosine", depth=3, knots=2)
+    >>> space.configuration({"tau_00": 1.0, "tau_01": 0.5}).policy
+    Threshold(thresholds=(1.0, 0.75, 0.5))
+    """
+
+    depth: int
+    profiles: Mapping[str, tuple[float, float]]
+    build: Callable[..., Configuration]
+    knots: int | None = None
+    rising: bool = True
+    settled: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.knots is not None and not 2 <= self.knots <= self.depth:
+            raise ValueError(f"{self.knots} knots over {self.depth} blocks: use 2 to {self.depth}, or None")
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value of each parameter."""
+        n = self.knots or self.depth
+        return {f"{name}_{index:02d}": limits for name, limits in self.profiles.items() for index in range(n)}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells this space from another: bounds, depth, knots, and what is settled."""
+        return {"bounds": self.bounds, "depth": self.depth, "knots": self.knots, **self.settled}
+
+    def configuration(self, parameters: Mapping[str, float]) -> Configuration:
+        """The configuration that these parameters stand for."""
+        n = self.knots or self.depth
+        places = np.linspace(0, self.depth - 1, n)
+        values = {name: [float(parameters[f"{name}_{index:02d}"]) for index in range(n)] for name in self.profiles}
+        return self.build(
+            **{name: np.interp(range(self.depth), places, part).tolist() for name, part in values.items()}
+        )
+
+    def curve(self, n: int) -> list[dict[str, float]]:
+        """n choices with all parameters equal, evenly spaced inside the bounds: the uniform-threshold curve."""
+        steps = [(index + 1) / (n + 1) for index in range(n)]
+        return [{name: low + (high - low) * step for name, (low, high) in self.bounds.items()} for step in steps]
+
+    def sobol(self, n: int, seed: int, knots: int | None = None) -> list[dict[str, float]]:
+        """n space-filling choices: scrambled Sobol points.
+
+        Args:
+            n: how many.
+            seed: of the scrambling.
+            knots: of a space with one profile, spread over those that so many knots describe and whose merging rises
+                with depth; None: over all parameters.
+        """
+        if n == 0:
+            return []
+        count = len(self.bounds)
+        engine = torch.quasirandom.SobolEngine(knots or count, scramble=True, seed=seed)
+        points = engine.draw(n, dtype=torch.double).numpy()
+        if knots is not None:
+            places = np.linspace(0, count - 1, knots)
+            rising = np.sort(points) if self.rising else np.sort(points)[:, ::-1]
+            points = np.array([np.interp(range(count), places, point) for point in rising])
+        return self.scale(points)
+
+    def scale(self, unit: np.ndarray) -> list[dict[str, float]]:
+        """Points of the unit cube as parameters: (n, parameters) -> n choices."""
+        limits = self.bounds.items()
+        return [
+            {name: low + (high - low) * float(x) for (name, (low, high)), x in zip(limits, row, strict=True)}
+            for row in unit
+        ]
+
+
+def threshold_space(kind: str, depth: int, calibration: Calibration | None = None, knots: int | None = None) -> Space:
+    """The thresholds of all blocks.
+
+    Args:
+        kind: ``"calibrated"``: shares u of set A to merge, in [0, 1]. ``"cosine"``: cosine thresholds.
+        depth: number of blocks.
+        calibration: maps shares to thresholds; needed by ``"calibrated"``.
+        knots: as in `Space`.
+
+    Raises:
+        ValueError: unknown kind, or a missing or unfitting calibration.
+    """
+    if kind == "cosine":
+        bounds, settled = {"tau": (LOWEST_COSINE, 1.0)}, {"calibration": None}
+        return Space(depth, bounds, lambda tau: Configuration(Threshold(tau)), knots, rising=False, settled=settled)
+    if kind != "calibrated":
+        raise ValueError(f"unknown search space {kind!r}: use one of {', '.join(KINDS)}")
+    if calibration is None or len(calibration.quantiles) != depth:
+        raise ValueError(f"a calibrated space of {depth} blocks needs a calibration of {depth} layers")
+    means = calibration.quantiles.mean(1).round(5).tolist()
+    return Space(
+        depth,
+        {"u": (0.0, 1.0)},
+        lambda u: Configuration(Threshold(calibration.thresholds(u))),
+        knots,
+        settled={"calibration": means},
+    )
