@@ -6,7 +6,7 @@ computes it, oddities included, so that numbers compare with published ones.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from tokmerge import store
 from tokmerge.llava import MergedLlava
 from tokmerge.questions import Question, QuestionSet
+from tokmerge.visual import Seen
 
 # LLaVA-1.5's prompt for short answers (Liu et al., 2310.03744, table 7).
 TEMPLATE = "USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
@@ -141,29 +142,43 @@ def run(
     ):
         while batch := list(islice(pairs, batch_size)):
             asked = [question for question, _ in batch]
-            pixels, picks = _images(processor, batch)
+            pixels, picks = look_at(processor, batch)
             prompts = processor.tokenizer(
                 [template.format(question=question.text) for question in asked], padding=True, return_tensors="pt"
             ).to(device)
             seen = merged.see(pixels.to(device)).pick(picks.to(device))
-            new, record = merged.generate(prompts["input_ids"], seen, prompts["attention_mask"], max_new_tokens)
-            texts = [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
-            answers = [normalise(text) if normalised else text for text in texts]
-            took = {
-                "tokens": record.visual,
-                "prompt": record.prompt,
-                "generated": record.generated,
-                "vision_macs": seen.vision_macs,
-                "projector_macs": seen.projector_macs,
-                "prefill_macs": record.prefill_macs,
-                "decode_macs": record.decode_macs,
-                "macs": record.macs,
-                "payload_bytes": record.payload_bytes,
-            }
-            frame = score(asked, answers).assign(**{name: value.cpu().numpy() for name, value in took.items()})
-            rows.append(frame)
+            rows.append(answer(merged, processor, asked, prompts, seen, max_new_tokens, normalised))
             bar.update(len(batch))
     return pd.concat(rows, ignore_index=True) if rows else score([], [])
+
+
+def answer(
+    merged: MergedLlava, processor: Any, asked: Sequence[Question], prompts: Mapping[str, torch.Tensor], seen: Seen,
+    max_new_tokens: int = 16, normalised: bool = False,
+) -> pd.DataFrame:  # fmt: skip
+    """Let a model answer one batch of questions about images it has seen; columns as in `run`.
+
+    Args:
+        merged, processor, max_new_tokens, normalised: as in `run`.
+        asked: B questions.
+        prompts: their input_ids and attention_mask (B, S).
+        seen: the image of each question.
+    """
+    new, record = merged.generate(prompts["input_ids"], seen, prompts["attention_mask"], max_new_tokens)
+    texts = [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
+    answers = [normalise(text) if normalised else text for text in texts]
+    took = {
+        "tokens": record.visual,
+        "prompt": record.prompt,
+        "generated": record.generated,
+        "vision_macs": seen.vision_macs,
+        "projector_macs": seen.projector_macs,
+        "prefill_macs": record.prefill_macs,
+        "decode_macs": record.decode_macs,
+        "macs": record.macs,
+        "payload_bytes": record.payload_bytes,
+    }
+    return score(asked, answers).assign(**{name: value.cpu().numpy() for name, value in took.items()})
 
 
 def score(questions: Iterable[Question], answers: Iterable[str]) -> pd.DataFrame:
@@ -205,7 +220,7 @@ def save_results(table: pd.DataFrame, path: str | Path) -> None:
         temporary.write_text(json.dumps([{"question_id": int(q), "answer": answer} for q, answer in pairs]))
 
 
-def _images(processor: Any, batch: list[tuple[Question, Image.Image]]) -> tuple[torch.Tensor, torch.Tensor]:
+def look_at(processor: Any, batch: list[tuple[Question, Image.Image]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (images, C, H, W) of the batch's different images, and each question's (B,) row among them."""
     order: dict[str, int] = {}
     images: list[Image.Image] = []
