@@ -96,6 +96,14 @@ def test_look_is_the_towers_own_forward(images):
     assert (kept.diff(dim=1) > 0).all()
 
 
+def test_draw_takes_some_tokens_in_order():
+    tokens = torch.arange(24.0).view(2, 12, 1)
+    some, kept = lessons.draw(tokens, 5)
+    assert some.shape == (2, 5, 1)
+    assert (kept.diff(dim=1) > 0).all()
+    assert some[..., 0].tolist() == [[12 * row + i for i in kept[row].tolist()] for row in range(2)]
+
+
 def test_label_loss_ignores_the_unknown():
     scores = torch.randn(2, 3, 5)
     labels = torch.tensor([[[0, 1], [1, lessons.IGNORE], [0, 2]], [[1, 0], [0, 1], [1, 2]]])

@@ -4,7 +4,6 @@ Everything is relative to the unmerged model on the same questions, question by 
 `tokmerge.objective`, whose names the measurements have.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -159,8 +158,3 @@ def splits(name: str, n_search: int, n_test: int, **where: Any) -> tuple[Questio
         for split, n in (("search", n_search), ("test", n_test))
     )
     return made_search, made_test
-
-
-def means(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """One row per table: what `tokmerge.vqa.summarise` says of it."""
-    return pd.DataFrame([vqa.summarise(table) for table in tables])

@@ -171,12 +171,18 @@ def look(tower: Any, images: Tensor, keep: float = 1.0) -> tuple[Tensor, Tensor,
     n = x.shape[1] - 1
     kept = torch.arange(n).expand(len(x), n)
     if keep < 1:
-        kept = torch.rand(len(x), n).argsort(1)[:, : round(keep * n)].sort(1).values
-        x = torch.cat([x[:, :1], x[:, 1:].gather(1, kept[..., None].expand(-1, -1, x.shape[2]))], 1)
+        patches, kept = draw(x[:, 1:], round(keep * n))
+        x = torch.cat([x[:, :1], patches], 1)
     x = tower.pre_layrnorm(x)
     for layer in tower.encoder.layers[:-1]:
         x = layer(x, None)
     return x[:, 1:], kept, tower.post_layernorm(tower.encoder.layers[-1](x, None)[:, 0])
+
+
+def draw(tokens: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """n of each image's tokens (B, N, D) at random, in their order: (B, n, D), and which they are, (B, n)."""
+    kept = torch.rand(tokens.shape[:2]).argsort(1)[:, :n].sort(1).values
+    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2])), kept
 
 
 def label_loss(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
