@@ -83,7 +83,7 @@ def processor(geometry: Mapping[str, int], vocabulary: Sequence[str]) -> LlavaPr
     """The processor that goes with `build`."""
     ids = {word: index for index, word in enumerate([*SPECIAL, *vocabulary])}
     backend = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL[UNKNOWN]))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=SPECIAL[PAD],
