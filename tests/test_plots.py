@@ -103,3 +103,22 @@ def test_draw_hypervolume_shows_the_median_over_seeds():
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.3, 0.5])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ax", "sobol", "reference front"]
     plt.close(fig)
+
+
+def test_draw_methods_has_a_colour_per_method_and_the_limit():
+    points = pd.DataFrame(
+        [
+            ("threshold", True, 0.001, 0.002, 0.4),
+            ("threshold", True, 0.004, 0.002, 0.3),
+            ("DyMU", False, 0.01, 0.003, 0.5),
+        ],
+        columns=["method", "searched", "top1_drop", "top1_drop_sem", "macs_ratio"],
+    )
+    fig, ax = plt.subplots()
+    plots.draw_methods(ax, points, "macs_ratio")
+    ours, other = (container.lines[0] for container in ax.containers)
+    np.testing.assert_allclose(ours.get_xydata(), [[0.4, 0.1], [0.3, 0.4]])
+    assert (ours.get_marker(), other.get_marker()) == ("o", "s")
+    assert tuple(ours.get_color()) != tuple(other.get_color())
+    assert ax.lines[-1].get_ydata()[0] == 0.5
+    plt.close(fig)

@@ -73,6 +73,13 @@ def test_pitome_equals_its_definition_image_by_image(r, layer):
     assert as_pairs(PiToMe(r).select(context)) == sorted(expected)
 
 
+@pytest.mark.parametrize("policy", [Threshold(-1.0), TopR(5), PiToMe(5)], ids=["threshold", "top r", "pitome"])
+def test_images_with_nothing_left_to_merge_stay_as_they_are(policy):
+    merges = policy.select(make_context(lengths=[2, 1, 2]))
+    assert as_pairs(merges) == []
+    assert merges.lost.tolist() == [0, 0, 0]
+
+
 def test_active_says_where_nothing_can_happen():
     assert [Threshold([0.9, 1.0, 2.0]).active(layer) for layer in range(3)] == [True, False, False]
     assert [TopR([0, 3]).active(layer) for layer in range(2)] == [False, True]

@@ -207,3 +207,24 @@ def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
     ax.axhline(1.0, color=COLORS["unmerged"], lw=0.9, ls="--", label="reference front")
     ax.set(xlabel="evaluations", ylabel="hypervolume / reference front")
     ax.legend(loc="lower right")
+
+
+def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
+    """Draw the drop of top-1 against one of the cost ratios, a colour per method; ours in front.
+
+    Args:
+        ax: where to draw.
+        points: columns method, searched (or a grid of its one number), top1_drop, top1_drop_sem and the ratio.
+        column: macs_ratio, tokens_ratio or bytes_ratio.
+    """
+    methods = list(dict.fromkeys(points.method))
+    shades = colormaps["tab20"](np.arange(len(methods)) % 20)
+    for method, shade in zip(methods, shades, strict=True):
+        part, ours = points[points.method == method], "threshold" in method
+        ax.errorbar(
+            part[column], 100 * part.top1_drop, 196 * part.top1_drop_sem, label=method, color=shade,
+            fmt="o" if part.searched.iloc[0] else "s", elinewidth=0.6, ms=6 if ours else 4,
+            mec="black" if ours else "none", mew=0.7, zorder=3 if ours else 2,
+        )  # fmt: skip
+    ax.axhline(0.5, color=COLORS["unmerged"], lw=0.8, ls="--")
+    ax.set(xlabel=LABELS[column], xlim=(0, None))

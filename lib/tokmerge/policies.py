@@ -194,6 +194,9 @@ class PiToMe(FixedR):
 
         r = (n // 2).clamp(max=int(at(self.r, context.layer)))
         widest = int(r.max())
+        if widest == 0:
+            nothing = order.new_empty(0)
+            return Merges(nothing, nothing, r)
         used = torch.arange(widest, device=r.device) < r[:, None]
         a, b = order[:, : 2 * widest : 2], order[:, 1 : 2 * widest : 2]
         candidates = scores.gather(1, a[:, :, None].expand(-1, -1, scores.shape[2]))

@@ -40,10 +40,15 @@ def nsga2(space: Space, population: int, seed: int) -> Method:
         algorithm.tell(infills=generation)
 
 
+def grid(configurations: Sequence[Configuration]) -> Method:
+    """These configurations, all at once."""
+    yield [({}, configuration) for configuration in configurations]
+
+
 def uniform(n: int) -> Method:
     """One cosine threshold for all blocks, n of them from 1 downwards."""
-    grid = np.linspace(LOWEST_COSINE, 1.0, n, endpoint=False)
-    yield [({}, Configuration(Threshold(float(tau)))) for tau in _scattered(grid)]
+    thresholds = np.linspace(LOWEST_COSINE, 1.0, n, endpoint=False)
+    return grid([Configuration(Threshold(float(tau))) for tau in _scattered(thresholds)])
 
 
 def fixed_r(depth: int, n_tokens: int, n: int) -> Method:
@@ -60,7 +65,7 @@ def fixed_r(depth: int, n_tokens: int, n: int) -> Method:
     ends = [(first, last) for first in range(0, 2 * most + 1, step) for last in range(0, 2 * most + 1, step)]
     linear = [tuple(int(r) for r in np.linspace(first, last, depth).round()) for first, last in _scattered(ends)]
     distinct = list(dict.fromkeys(schedule for schedule in constant + linear if any(schedule)))
-    yield [({}, Configuration(TopR(schedule))) for schedule in distinct[:n]]
+    return grid([Configuration(TopR(schedule)) for schedule in distinct[:n]])
 
 
 def _scattered(grid: Sequence[Any] | np.ndarray) -> list[Any]:
