@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import reference
@@ -7,6 +8,7 @@ import tokmerge
 import torch
 from conftest import build
 from tokmerge import policies, wire
+from tokmerge.packed import Layout, Packed
 
 
 def spread_thresholds(model, images, share=0.4):
@@ -136,6 +138,50 @@ def test_payload_bytes_are_the_length_of_the_real_payload(images, precision, spl
         sent_sizes = torch.tensor(sizes).long() if split < 4 else None
         payload = wire.encode(torch.randn(len(sizes), 48), sent_sizes, precision)
         assert record.payload_bytes[i] == len(payload)
+
+
+@pytest.mark.parametrize("split", [0, 2, 4])
+def test_device_and_server_together_are_the_model(any_model, images, split):
+    policy = tokmerge.Threshold(spread_thresholds(any_model, images))
+    merged = tokmerge.patch(any_model, policy, split_layer=split)
+    logits, record = merged(images)
+    sent = merged.edge(images)
+    assert torch.equal(sent.lengths, record.tokens[:, split])
+    torch.testing.assert_close(merged.serve(sent), logits, atol=1e-6, rtol=0)
+    costs = merged.cost(tuple(images.shape[1:]))
+    per_block = costs.blocks(record.tokens, policy)
+    assert torch.equal(record.edge_macs, costs.embed + per_block[:, :split].sum(1))
+    assert torch.equal(record.macs, costs.total(record.tokens, policy))
+
+
+@pytest.mark.parametrize("precision", wire.PRECISIONS)
+def test_server_works_with_what_went_through(images, precision):
+    merged = tokmerge.patch(build(), tokmerge.TopR(8), precision=precision, split_layer=2)
+    logits, _ = merged(images, through=lambda tokens: tokens.with_x(wire.quantise(tokens.x, precision)))
+    sent = merged.edge(images)
+    decoded = [
+        wire.decode(wire.encode(x, sizes, precision))
+        for x, sizes in zip(sent.split(), sent.sizes.split(sent.layout.counts), strict=True)
+    ]
+    received = replace(sent, x=torch.cat([payload.tokens for payload in decoded]),
+                       sizes=torch.cat([payload.sizes for payload in decoded]).float())  # fmt: skip
+    assert torch.equal(merged.serve(received), logits)
+
+
+def test_lost_tokens_are_sent_but_not_received(images):
+    merged = tokmerge.patch(build(), None, split_layer=2)
+    whole = merged(images)[1]
+
+    def lose(tokens):
+        kept = [x[:33] for x in tokens.split()]
+        return Packed(torch.cat(kept), Layout(torch.full((len(kept),), 33)))
+
+    logits, record = merged(images, through=lose)
+    assert logits.isfinite().all()
+    assert record.tokens[0].tolist() == [65, 65, 33, 33, 33]
+    assert torch.equal(record.payload_bytes, whole.payload_bytes)
+    assert torch.equal(record.edge_macs, whole.edge_macs)
+    assert (record.macs < whole.macs).all()
 
 
 def test_average_pooling_needs_sizes_in_the_payload(images):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokmerge.wire import CHUNK_TOKENS, PRECISIONS, WireError, decode, encode, payload_bytes
+from tokmerge.wire import CHUNK_TOKENS, PRECISIONS, WireError, decode, encode, payload_bytes, quantise
 from torch import Tensor
 
 fast = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -86,6 +86,12 @@ def test_quantised_values_are_within_half_a_step(
     if image[1] is not None:
         assert got.sizes is not None
         assert torch.equal(got.sizes, image[1])
+
+
+@fast
+@given(images(), precisions)
+def test_quantising_is_encoding_and_decoding(image: tuple[Tensor, Tensor | None], precision: str) -> None:
+    assert torch.equal(quantise(image[0], precision), decode(encode(image[0], None, precision)).tokens)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -7,6 +7,7 @@
     x = x + mlp(norm2(x))           on the survivors
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from tokmerge.cost import ViTCost
 from tokmerge.packed import Layout, Packed, attend, pack
 from tokmerge.policies import Policy
 
+# What happens to the tokens between device and server.
+Channel = Callable[[Packed], Packed]
 POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
@@ -31,12 +34,14 @@ class Record:
         tokens: (B, L + 1) int64, tokens entering each block, and after the last.
         macs: (B,) int64, multiply-accumulates, merging overhead included.
         payload_bytes: (B,) int64, length of what `tokmerge.wire.encode` produces for each image.
+        edge_macs: (B,) int64, those of ``macs`` that are spent before the tokens are sent.
         source: (B, N) int64 source map, or None if it was not asked for.
     """
 
     tokens: Tensor
     macs: Tensor
     payload_bytes: Tensor
+    edge_macs: Tensor
     source: Tensor | None = None
 
 
@@ -87,52 +92,81 @@ class MergedViT(nn.Module):
             self._costs[image_shape] = ViTCost.of(self.model, image_shape)
         return self._costs[image_shape]
 
-    def forward(self, images: Tensor, source: bool = False) -> tuple[Tensor, Record]:
+    def forward(self, images: Tensor, source: bool = False, through: Channel | None = None) -> tuple[Tensor, Record]:
         """Class scores and what they took.
 
         Args:
             images: (B, C, H, W).
             source: also keep the source map (needed by `unmerge`).
+            through: what happens to the tokens at the split on their way to the server, such as quantisation, noise or
+                loss of tokens; None for nothing. The record counts what was sent, and after that what was received.
 
         Returns:
             logits (B, classes) and the Record.
         """
-        packed, record = self.forward_features(images, source)
+        packed, record = self.forward_features(images, source, through)
         return self.forward_head(packed), record
 
     def features(self, images: Tensor) -> Packed:
         """The packed tokens before the head (final norm included): (B, C, H, W) -> Packed."""
         return self.forward_features(images)[0]
 
-    def forward_features(self, images: Tensor, source: bool = False) -> tuple[Packed, Record]:
+    def edge(self, images: Tensor) -> Packed:
+        """What the device runs and sends: the tokens after ``split_layer`` blocks, (B, C, H, W) -> Packed."""
+        return self._edge(images, source=False)[0]
+
+    def serve(self, tokens: Packed) -> Tensor:
+        """What the server runs: class scores (B, classes) from the tokens that `edge` sent."""
+        return self.forward_head(self._server(tokens)[0])
+
+    def forward_features(
+        self, images: Tensor, source: bool = False, through: Channel | None = None
+    ) -> tuple[Packed, Record]:
         """Packed tokens before the head, and the Record."""
-        model, policy = self.model, self.policy
+        sent, before = self._edge(images, source)
+        received = sent if through is None else through(sent)
+        tokens, after = self._server(received)
+        cost, policy = self.cost(tuple(images.shape[1:])), self.policy
+        edge_macs = cost.edge(torch.stack([*before, sent.lengths], dim=1), policy)
+        record = Record(
+            tokens=torch.stack(before + after, dim=1),
+            macs=edge_macs + cost.server(torch.stack(after, dim=1), policy),
+            payload_bytes=wire.payload_bytes(sent.lengths, self.model.embed_dim, self.precision, self.sent_sizes(sent)),
+            edge_macs=edge_macs,
+            source=tokens.source,
+        )
+        return tokens, record
+
+    def sent_sizes(self, sent: Packed) -> Tensor | None:
+        """(T,) sizes that travel with the tokens; None where the server does not need them.
+
+        After the last block a class-token head reads no sizes; everything else weighs tokens by them.
+        """
+        blocks = len(self.model.blocks)
+        if self.policy is None or (self.split_layer == blocks and self.model.global_pool == "token"):
+            return None
+        return torch.ones(len(sent.x), device=sent.x.device) if sent.sizes is None else sent.sizes
+
+    def _edge(self, images: Tensor, source: bool) -> tuple[Packed, list[Tensor]]:
+        """The tokens at the split, and the (B,) counts that entered each block before it."""
         self._check_images(images)
         tokens = pack(self._embed(images))
         if source:
             batch, n = len(images), tokens.layout.longest
             tokens = replace(tokens, source=torch.arange(n, device=images.device).repeat(batch, 1))
-        lengths, at_split = [tokens.lengths], tokens
-        for layer in range(len(model.blocks)):
-            tokens = self._block(tokens, layer)
+        return self._blocks(tokens, range(self.split_layer))
+
+    def _server(self, tokens: Packed) -> tuple[Packed, list[Tensor]]:
+        """The tokens before the head; the (B,) counts that entered each block after the split, and left the last."""
+        tokens, lengths = self._blocks(tokens, range(self.split_layer, len(self.model.blocks)))
+        return tokens.with_x(self.model.norm(tokens.x)), [*lengths, tokens.lengths]
+
+    def _blocks(self, tokens: Packed, layers: range) -> tuple[Packed, list[Tensor]]:
+        lengths = []
+        for layer in layers:
             lengths.append(tokens.lengths)
-            if layer + 1 == self.split_layer:
-                at_split = tokens
-        counts = torch.stack(lengths, dim=1)
-        # After the last block a class-token head reads no sizes; everything else weighs tokens by them.
-        needs_sizes = policy is not None and (self.split_layer < len(model.blocks) or model.global_pool != "token")
-        sizes = at_split.sizes
-        if needs_sizes and sizes is None:
-            sizes = torch.ones(len(at_split.x), device=images.device)
-        record = Record(
-            tokens=counts,
-            macs=self.cost(tuple(images.shape[1:])).total(counts, policy),
-            payload_bytes=wire.payload_bytes(
-                at_split.lengths, model.embed_dim, self.precision, sizes if needs_sizes else None
-            ),
-            source=tokens.source,
-        )
-        return tokens.with_x(model.norm(tokens.x)), record
+            tokens = self._block(tokens, layer)
+        return tokens, lengths
 
     def forward_head(self, packed: Packed) -> Tensor:
         """Pool and classify packed tokens: logits (B, classes). Pools weigh tokens by their size."""

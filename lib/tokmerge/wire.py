@@ -193,6 +193,27 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
     return Payload(tokens, sizes, received)
 
 
+def quantise(values: Tensor, precision: str) -> Tensor:
+    """What the values are after `encode` and `decode`, without making the bytes.
+
+    Args:
+        values: (T, D) finite float32, tokens of any number of images.
+        precision: one of `PRECISIONS`.
+
+    Returns:
+        (T, D) float32, on the device of ``values``.
+
+    >>> quantise(torch.tensor([[1.0, 0.3]]), "int4")
+    tensor([[1.0006, 0.2859]])
+    """
+    _check(precision, CHUNK_TOKENS)
+    if precision not in _LEVELS:
+        dtype: torch.dtype = getattr(torch, precision)
+        return _saturate(values, dtype).float()
+    step, q = _steps(values, _LEVELS[precision])
+    return q * step.float()
+
+
 def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, int]:
     """N, D, K, precision, sections (None: no sizes) and the header's end."""
     if len(payload) < 4 or payload[:3] != MAGIC + bytes([VERSION]):
@@ -257,19 +278,26 @@ def _crc(data: bytes, start: int = 0) -> bytes:
 def _pack(values: Tensor, precision: str) -> bytes:
     """Steps and values of a chunk (n, D) float32; n and D are at least 1."""
     if precision not in _LEVELS:
-        dtype: torch.dtype = getattr(torch, precision)
-        top = torch.finfo(dtype).max
-        return values.clamp(-top, top).to(dtype).view(torch.uint8).numpy().tobytes()
-    levels = _LEVELS[precision]
-    exact = (values.abs().amax(1, keepdim=True) / levels).clamp(max=torch.finfo(torch.float16).max)
-    step = exact.half()
-    # Rounded up, to the next bit pattern: a step rounded down clips, badly so among float16's subnormals.
-    step = torch.where(step < exact, (step.view(torch.int16) + 1).view(torch.float16), step)
-    q = (values / torch.where(step > 0, step.float(), 1.0)).round().clamp(-levels, levels).to(torch.int8)
+        return _saturate(values, getattr(torch, precision)).view(torch.uint8).numpy().tobytes()
+    step, q = _steps(values, _LEVELS[precision])
     if precision == "int4":
         halves = torch.nn.functional.pad((q + 8).to(torch.uint8), (0, q.shape[1] % 2))
         q = halves[:, 0::2] | halves[:, 1::2] << 4
     return step.numpy().tobytes() + q.numpy().tobytes()
+
+
+def _saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
+    top = torch.finfo(dtype).max
+    return values.clamp(-top, top).to(dtype)
+
+
+def _steps(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Each token's (T, 1) float16 step, and its (T, D) int8 multiples of it."""
+    exact = (values.abs().amax(1, keepdim=True) / levels).clamp(max=torch.finfo(torch.float16).max)
+    step = exact.half()
+    # Rounded up, to the next bit pattern: a step rounded down clips, badly so among float16's subnormals.
+    step = torch.where(step < exact, (step.view(torch.int16) + 1).view(torch.float16), step)
+    return step, (values / torch.where(step > 0, step.float(), 1.0)).round().clamp(-levels, levels).to(torch.int8)
 
 
 def _unpack(data: bytes, n: int, dim: int, precision: str) -> Tensor:
