@@ -104,7 +104,10 @@ class ViTCost:
         # Head mean and normalisation of the metric; size-weighted sum and division of the residual stream.
         metric = before * (self.attn_dim + 2 * self.head_dim)
         average = (before != after) * (before + after) * self.embed_dim
-        match = policy.match_macs(before - self.protected, self.head_dim)
+        # A policy answers for all blocks of the model at once.
+        n = tokens.new_zeros(len(tokens), len(self.mlp_linear))
+        n[:, first : layers.stop] = before - self.protected
+        match = policy.match_macs(n, self.head_dim)[:, first : layers.stop]
         return macs + active * (match + metric + average)
 
     def edge(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
