@@ -5,12 +5,13 @@ anything but searched peers would not be fair. Counts are searched as shares of 
 a bipartite match, half of them: what the shares of the calibrated thresholds mean, and no method may lose more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+import tokmerge
 from tokmerge.guided import Guide, GuidedThreshold
 from tokmerge.peers import (
     AdaMerge,
@@ -133,6 +134,31 @@ def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Spa
     settled = {**space.settled, "split_layer": split_layer, "precisions": list(precisions)}
     scalars = {**space.scalars, "coarseness": (0.0, float(len(precisions)))}
     return replace(space, build=build, settled=settled, scalars=scalars)
+
+
+def rebuild(row: Mapping[str, Any], guide: Guide) -> Configuration:
+    """The configuration that `Configuration.row` gave this row.
+
+    Args:
+        row: policy, its own fields, precision, split_layer if set.
+        guide: of a guided threshold, fitted to the same images again.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    fields = dict(row)
+    name, sent = (
+        fields.pop("policy"),
+        {"precision": fields.pop("precision"), "split_layer": fields.pop("split_layer", None)},
+    )
+    if name == "None":
+        return Configuration(None, **sent)
+    if name == "GuidedThreshold":
+        fields["guide"] = guide
+    kind = getattr(tokmerge, name, None)
+    if kind is None:
+        raise ValueError(f"unknown policy {name!r}")
+    return Configuration(kind(**fields), **sent)
 
 
 def counts(shares: Sequence[float], n_tokens: int) -> tuple[int, ...]:
