@@ -7,6 +7,7 @@ a bipartite match, half of them: what the shares of the calibrated thresholds me
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def families(
         def build(share: Sequence[float]) -> Configuration:
             return Configuration(method(tuple(round(times * r) for r in counts(share, n_tokens))))
 
-        return Space(depth, whole, build, parameters, settled={"method": method.__name__})
+        return Space(depth, whole, build, parameters, settled={"method": str(method((1,) * depth))})
 
     def static(prune: Sequence[float], merge: Sequence[float]) -> Configuration:
         left, pruned, merged = n_tokens, [], []
@@ -82,6 +83,7 @@ def families(
         "capped threshold": Space(depth, {"u": (0.0, 1.0), "cap": (0.0, 1.0)}, capped, half),
         "relative threshold": Space(depth, {"z": (-3.0, 3.0)}, relative, parameters, rising=False),
         "ToMe": schedule(TopR),
+        "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
         "PiToMe": schedule(PiToMe),
         "ToFu": schedule(ToFu),
         # The share of r that an average image loses is one half.

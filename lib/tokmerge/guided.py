@@ -9,6 +9,7 @@ predictions are the classes.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class GuidedThreshold:
         guide: what reads the class token (`fit`).
     """
 
+    feature: ClassVar[str] = "tokens"
     sure: float | Sequence[float]
     unsure: float | Sequence[float]
     limits: float | Sequence[float]
@@ -107,6 +109,7 @@ def class_values(context: Context) -> Tensor:
 class _ClassTokens:
     """Merges nothing; keeps every class token's values at each layer."""
 
+    feature: ClassVar[str] = "keys"
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def check(self, depth: int) -> None:

@@ -24,6 +24,10 @@ class _Sizes:
     policy: Policy | None
     seen: list[Tensor] = field(default_factory=list)
 
+    @property
+    def feature(self) -> str:
+        return "keys" if self.policy is None else self.policy.feature
+
     def check(self, depth: int) -> None:
         if self.policy is not None:
             self.policy.check(depth)
@@ -65,13 +69,13 @@ def measure(
         with torch.inference_mode():
             tokens, record = merged.forward_features(batch.images.to(next(model.parameters()).device))
         cost, counts, width = merged.cost(tuple(batch.images.shape[1:])), record.tokens, merged.model.embed_dim
-        total = cost.total(counts, policy)
+        total, blocks = cost.total(counts, policy), cost.blocks(counts, policy)
         for split in range(counts.shape[1]):
             whole = patch(model, policy, precision=precision, split_layer=split)
             sent = tokens.sizes if split == len(watched.seen) else watched.seen[split]
             if sent is None:
                 sent = torch.ones(int(counts[:, split].sum()), device=counts.device)
-            edge = cost.edge(counts[:, : split + 1], policy)
+            edge = cost.embed + blocks[:, :split].sum(1)
             payload = wire.payload_bytes(counts[:, split], width, precision, sent if whole.server_needs_sizes else None)
             columns = {"tokens": counts[:, split], "edge_macs": edge, "server_macs": total - edge}
             columns = {name: value.cpu() for name, value in {**columns, "payload_bytes": payload}.items()}
