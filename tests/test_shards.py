@@ -115,6 +115,7 @@ def test_other_data_or_configurations_have_other_files(tmp_path):
 
     kinds = [(Configuration(None), {}), (Configuration(None), {"model": "b"}), (CONFIGURATIONS["ToMe"], {})]
     assert len(set.union(*(paths(*kind) for kind in kinds))) == 6
+    assert len(shards.plan(tmp_path, {"x": Configuration(None), "y": Configuration(None)}, 8, 4, {})) == 2
     with pytest.raises(ValueError, match="shard_size is 0"):
         shards.plan(tmp_path, CONFIGURATIONS, 8, 0, {})
 

@@ -221,7 +221,7 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
     methods = list(dict.fromkeys(points.method))
     shades = colormaps["tab20"](np.arange(len(methods)) % 20)
     for method, shade in zip(methods, shades, strict=True):
-        part, ours = points[points.method == method], "threshold" in method
+        part, ours = points[points.method == method], "threshold" in method or method == "front"
         ax.errorbar(
             part[column], 100 * part.top1_drop, 196 * part.top1_drop_sem, label=method, color=shade,
             fmt="o" if part.searched.iloc[0] else "s", elinewidth=0.6, ms=6 if ours else 4,
@@ -229,3 +229,57 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
         )  # fmt: skip
     ax.axhline(0.5, color=COLORS["unmerged"], lw=0.8, ls="--")
     ax.set(xlabel=LABELS[column], xlim=(0, None))
+
+
+def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, unmerged: pd.DataFrame, fixed: float) -> None:
+    """Draw what images cost: how it spreads, how it follows the model's doubt, and how the classes differ.
+
+    Args:
+        axes: three.
+        mine: one row per image under an adaptive policy; columns macs, prediction, label.
+        unmerged: the same images unmerged; columns macs, confidence.
+        fixed: MACs ratio of a fixed schedule, for comparison.
+    """
+    ratio, fixed_line = mine.macs / unmerged.macs, {"color": COLORS["fixed r"], "ls": "--", "lw": 1.2}
+    axes[0].hist(ratio, bins=40, color=COLORS["threshold"])
+    axes[0].axvline(fixed, label="fixed schedule", **fixed_line)
+    axes[0].set(xlabel=LABELS["macs_ratio"], ylabel="images")
+    axes[0].legend()
+    groups = pd.qcut(unmerged.confidence.rank(method="first"), min(10, len(unmerged)), labels=False)
+    middle = ratio.groupby(groups).agg(["mean", lambda part: part.quantile(0.1), lambda part: part.quantile(0.9)])
+    axes[1].fill_between(middle.index + 1, *(middle.iloc[:, i] for i in (1, 2)), color=COLORS["threshold"], alpha=0.2)
+    axes[1].plot(middle.index + 1, middle["mean"], "o-", ms=3.5, color=COLORS["threshold"])
+    axes[1].axhline(fixed, **fixed_line)
+    axes[1].set(xlabel="unmerged model's confidence, tenths of images", ylabel=LABELS["macs_ratio"])
+    classes = ratio.groupby(mine.label).mean().sort_values()
+    axes[2].barh(range(len(classes)), classes, color=COLORS["threshold"])
+    axes[2].axvline(fixed, **fixed_line)
+    axes[2].set(xlabel=LABELS["macs_ratio"], ylabel="classes, by what they cost", yticks=[])
+
+
+def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) -> None:
+    """Draw what every split sends and what it costs the device.
+
+    Args:
+        axes: two.
+        splits: columns method ("unmerged" or "ours"), precision, split_layer, edge_macs, payload_bytes.
+        sent: what else could be sent; columns sent ("jpeg", "webp", ...), payload_bytes, top1_drop.
+    """
+    styles = {"float16": "-", "int8": "--", "int4": ":"}
+    for (method, precision), part in splits.groupby(["method", "precision"], sort=False):
+        color = COLORS["threshold" if method == "ours" else "unmerged"]
+        label = f"{method}, {precision}"
+        axes[0].semilogy(part.split_layer, part.payload_bytes, styles[str(precision)], color=color, label=label)
+    for ending, color in (("jpeg", COLORS["fixed r"]), ("webp", COLORS["accent"])):
+        fine = sent[(sent.sent == ending) & (sent.top1_drop <= 0.005)]
+        if len(fine):
+            label = f"{ending}, top-1 within 0.5 points"
+            axes[0].axhline(fine.payload_bytes.min(), color=color, lw=1, ls="-.", label=label)
+    axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
+    axes[0].legend(fontsize=7, ncols=2)
+    for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):
+        color = COLORS["threshold" if method == "ours" else "unmerged"]
+        axes[1].plot(part.split_layer, part.edge_macs / 1e6, "o-", ms=3, color=color, label=f"{method}, device")
+        axes[1].plot(part.split_layer, part.server_macs / 1e6, "s--", ms=3, color=color, label=f"{method}, server")
+    axes[1].set(xlabel="blocks on the device", ylabel="million MACs per image")
+    axes[1].legend(fontsize=7)

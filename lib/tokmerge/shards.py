@@ -111,7 +111,8 @@ def plan(
             stop = min(n_images, start + shard_size)
             path = Path(folder) / f"{key}_{start:06d}_{stop:06d}.parquet"
             shards.append(Shard(str(path), configuration, start, stop))
-    return shards
+    # Two names of one configuration are one piece of work.
+    return list(dict.fromkeys(shards))
 
 
 def run(shards: Sequence[Shard], evaluate: Callable[[Sequence[Trial]], Any], description: str | None = None) -> None:
@@ -125,7 +126,7 @@ def run(shards: Sequence[Shard], evaluate: Callable[[Sequence[Trial]], Any], des
     Raises:
         RuntimeError: a shard failed; all others have been evaluated, and another run goes on from there.
     """
-    left = [shard for shard in dict.fromkeys(shards) if not Path(shard.path).exists()]
+    left = [shard for shard in shards if not Path(shard.path).exists()]
     trials = [Trial(index, "shard", {}, shard) for index, shard in enumerate(left)]  # type: ignore[arg-type]
     failed: list[str] = []
     total = sum(shard.stop - shard.start for shard in left)
