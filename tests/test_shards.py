@@ -11,7 +11,7 @@ import timm
 import tokmerge
 import torch
 from PIL import Image
-from tokmerge import evaluate, models, shards, store, workers
+from tokmerge import evaluate, models, shards, store
 from tokmerge.data import batches, image_folder
 from tokmerge.spaces import Configuration
 
@@ -58,8 +58,7 @@ def evaluated(folder, inputs_dir, size, n_workers=1, ray_address=None):
     evaluation = shards.load(str(inputs_dir), batch_size=4)
     planned = shards.plan(folder, CONFIGURATIONS, len(evaluation.images), size, {"model": NAME})
     load = partial(shards.load, str(inputs_dir), 4)
-    with workers.start(evaluation, load, n_workers, ray_address) as evaluate_shards:
-        shards.run(planned, evaluate_shards)
+    shards.run(planned, evaluation, load, n_workers, ray_address)
     return {name: shards.table(planned, configuration) for name, configuration in CONFIGURATIONS.items()}
 
 
@@ -81,19 +80,16 @@ def test_rows_do_not_depend_on_shards_or_workers(tmp_path, inputs_dir, expected,
 
 
 def fake(done, broken=()):
-    """Workers that write a row per image, and fail on shards that begin at a broken image."""
+    """Writes a row per image, and fails on shards that begin at a broken image."""
 
-    def evaluate_shards(trials):
-        for trial in trials:
-            shard = trial.configuration
-            done.append((shard.start, shard.stop))
-            if shard.start in broken:
-                yield trial, OSError("disk full")
-            else:
-                store.save_table(pd.DataFrame({"id": range(shard.start, shard.stop)}), shard.path)
-                yield trial, {"n_images": shard.stop - shard.start}
+    def evaluation(shard):
+        done.append((shard.start, shard.stop))
+        if shard.start in broken:
+            raise OSError("disk full")
+        store.save_table(pd.DataFrame({"id": range(shard.start, shard.stop)}), shard.path)
+        return {"n_images": shard.stop - shard.start}
 
-    return evaluate_shards
+    return evaluation
 
 
 def test_a_failed_shard_is_named_and_the_next_run_goes_on(tmp_path):
@@ -101,10 +97,10 @@ def test_a_failed_shard_is_named_and_the_next_run_goes_on(tmp_path):
     assert [(shard.start, shard.stop) for shard in planned] == [(0, 4), (4, 8), (8, 10)]
     done = []
     with pytest.raises(RuntimeError, match="1 of 3 shards failed; the first: images 4 to 8: OSError: disk full"):
-        shards.run(planned, fake(done, broken=[4]))
-    shards.run(planned, fake(done))
+        shards.run(planned, fake(done, broken=[4]), dict)
+    shards.run(planned, fake(done), dict)
     assert done == [(0, 4), (4, 8), (8, 10), (4, 8)]
-    shards.run(planned, fake(done))
+    shards.run(planned, fake(done), dict)
     assert len(done) == 4
     assert shards.table(planned, Configuration(None)).id.tolist() == list(range(10))
 

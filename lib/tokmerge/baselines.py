@@ -91,6 +91,13 @@ def send_tokens(
     return pd.concat(rows, ignore_index=True)
 
 
+def class_token_bytes(model: nn.Module) -> int:
+    """What is sent after the last block where the head reads nothing but its leading tokens, at float16."""
+    merged = patch(model, None)
+    leading = torch.tensor([merged.model.num_prefix_tokens])
+    return int(wire.payload_bytes(leading, merged.model.embed_dim)[0])
+
+
 def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     """The same blocks under a head that needs all tokens: average pooling and a linear classifier.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -240,7 +241,8 @@ def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, unmerged: pd.DataF
         unmerged: the same images unmerged; columns macs, confidence.
         fixed: MACs ratio of a fixed schedule, for comparison.
     """
-    ratio, fixed_line = mine.macs / unmerged.macs, {"color": COLORS["fixed r"], "ls": "--", "lw": 1.2}
+    ratio = mine.macs / unmerged.macs
+    fixed_line: dict[str, Any] = {"color": COLORS["fixed r"], "ls": "--", "lw": 1.2}
     axes[0].hist(ratio, bins=40, color=COLORS["threshold"])
     axes[0].axvline(fixed, label="fixed schedule", **fixed_line)
     axes[0].set(xlabel=LABELS["macs_ratio"], ylabel="images")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tokmerge import data, models, objective, paths, store
+from tokmerge import data, models, objective, paths, store, workers
 from tokmerge.data import ImageSet
 from tokmerge.spaces import Configuration
 from tokmerge.trials import Trial
@@ -115,12 +115,21 @@ def plan(
     return list(dict.fromkeys(shards))
 
 
-def run(shards: Sequence[Shard], evaluate: Callable[[Sequence[Trial]], Any], description: str | None = None) -> None:
+def run(
+    shards: Sequence[Shard],
+    evaluation: Callable[[Shard], dict[str, float]],
+    factory: Callable[[], Callable[[Shard], dict[str, float]]],
+    n_workers: int = 1,
+    ray_address: str | None = None,
+    description: str | None = None,
+) -> None:
     """Evaluate the shards that have no file yet.
 
     Args:
         shards: of `plan`.
-        evaluate: what `tokmerge.workers.start` yields, started on an `Evaluation`.
+        evaluation: an `Evaluation`, used where everything stays in this process.
+        factory: makes it in other processes, as `tokmerge.workers.start` says; `functools.partial` of `load`.
+        n_workers, ray_address: as there. A cluster's machines must share the folder.
         description: shown beside the progress bar; None for no bar.
 
     Raises:
@@ -130,7 +139,10 @@ def run(shards: Sequence[Shard], evaluate: Callable[[Sequence[Trial]], Any], des
     trials = [Trial(index, "shard", {}, shard) for index, shard in enumerate(left)]  # type: ignore[arg-type]
     failed: list[str] = []
     total = sum(shard.stop - shard.start for shard in left)
-    with tqdm(total=total, desc=description, unit="img", mininterval=2, disable=description is None) as bar:
+    with (
+        workers.start(evaluation, factory, n_workers, ray_address) as evaluate,  # type: ignore[arg-type]
+        tqdm(total=total, desc=description, unit="img", mininterval=2, disable=description is None) as bar,
+    ):
         for trial, result in evaluate(trials):
             shard = left[trial.index]
             if isinstance(result, Exception):
