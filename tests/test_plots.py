@@ -124,16 +124,17 @@ def test_draw_methods_has_a_colour_per_method_and_the_limit():
     plt.close(fig)
 
 
-def test_draw_adaptivity_shows_tenths_of_confidence_and_classes():
-    rng = np.random.default_rng(0)
-    unmerged = pd.DataFrame({"macs": 100.0, "confidence": np.linspace(0, 1, 200)})
-    mine = pd.DataFrame({"macs": 60 - 40 * unmerged.confidence, "label": rng.integers(0, 3, 200)})
+def test_draw_adaptivity_compares_tenths_of_confidence():
+    unmerged = pd.DataFrame({"macs": 100.0, "confidence": np.linspace(0, 1, 200), "prediction": 0})
+    mine = pd.DataFrame({"macs": 60 - 40 * unmerged.confidence, "prediction": 0})
+    fixed = pd.DataFrame({"macs": 40.0, "prediction": [1] * 10 + [0] * 190})
     fig, axes = plt.subplots(1, 3)
-    plots.draw_adaptivity(axes, mine, unmerged, 0.4)
+    plots.draw_adaptivity(axes, mine, fixed, unmerged)
     expected = [(mine.macs / 100)[start : start + 20].mean() for start in range(0, 200, 20)]
     np.testing.assert_allclose(axes[1].lines[0].get_ydata(), expected)
-    widths = [bar.get_width() for bar in axes[2].patches]
-    np.testing.assert_allclose(widths, sorted((mine.macs / 100).groupby(mine.label).mean()))
+    np.testing.assert_allclose(axes[1].lines[1].get_ydata(), [0.4] * 10)
+    assert list(axes[2].lines[0].get_ydata()) == [0] * 10
+    assert list(axes[2].lines[1].get_ydata()) == [50] + [0] * 9
     assert sum(bar.get_height() for bar in axes[0].patches) == 200
     plt.close(fig)
 

@@ -232,31 +232,32 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
     ax.set(xlabel=LABELS[column], xlim=(0, None))
 
 
-def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, unmerged: pd.DataFrame, fixed: float) -> None:
-    """Draw what images cost: how it spreads, how it follows the model's doubt, and how the classes differ.
+def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame) -> None:
+    """Draw what images cost: how it spreads, how it follows the model's doubt, and where predictions change.
 
     Args:
         axes: three.
-        mine: one row per image under an adaptive policy; columns macs, prediction, label.
-        unmerged: the same images unmerged; columns macs, confidence.
-        fixed: MACs ratio of a fixed schedule, for comparison.
+        mine: one row per image under an adaptive policy; columns macs, prediction.
+        fixed: the same images under a schedule that is the same for all.
+        unmerged: the same images unmerged; columns macs, prediction, confidence.
     """
-    ratio = mine.macs / unmerged.macs
-    fixed_line: dict[str, Any] = {"color": COLORS["fixed r"], "ls": "--", "lw": 1.2}
-    axes[0].hist(ratio, bins=40, color=COLORS["threshold"])
-    axes[0].axvline(fixed, label="fixed schedule", **fixed_line)
+    tenth = 1 + pd.qcut(unmerged.confidence.rank(method="first"), min(10, len(unmerged)), labels=False)
+    for label, frame, color in (("adaptive", mine, "threshold"), ("fixed", fixed, "fixed r")):
+        ratio, changed = frame.macs / unmerged.macs, 100 * (frame.prediction != unmerged.prediction)
+        look: dict[str, Any] = {"color": COLORS[color], "label": label}
+        if label == "adaptive":
+            axes[0].hist(ratio, bins=40, **look)
+        else:
+            axes[0].axvline(ratio.mean(), ls="--", lw=1.2, **look)
+        groups = ratio.groupby(tenth)
+        low, high = (groups.quantile(share) for share in (0.1, 0.9))
+        axes[1].fill_between(low.index, low, high, color=COLORS[color], alpha=0.2, lw=0)
+        axes[1].plot(groups.mean(), "o-", ms=3.5, **look)
+        axes[2].plot(changed.groupby(tenth).mean(), "o-", ms=3.5, **look)
     axes[0].set(xlabel=LABELS["macs_ratio"], ylabel="images")
-    axes[0].legend()
-    groups = pd.qcut(unmerged.confidence.rank(method="first"), min(10, len(unmerged)), labels=False)
-    middle = ratio.groupby(groups).agg(["mean", lambda part: part.quantile(0.1), lambda part: part.quantile(0.9)])
-    axes[1].fill_between(middle.index + 1, *(middle.iloc[:, i] for i in (1, 2)), color=COLORS["threshold"], alpha=0.2)
-    axes[1].plot(middle.index + 1, middle["mean"], "o-", ms=3.5, color=COLORS["threshold"])
-    axes[1].axhline(fixed, **fixed_line)
-    axes[1].set(xlabel="unmerged model's confidence, tenths of images", ylabel=LABELS["macs_ratio"])
-    classes = ratio.groupby(mine.label).mean().sort_values()
-    axes[2].barh(range(len(classes)), classes, color=COLORS["threshold"])
-    axes[2].axvline(fixed, **fixed_line)
-    axes[2].set(xlabel=LABELS["macs_ratio"], ylabel="classes, by what they cost", yticks=[])
+    axes[1].set(xlabel="tenths of images, by unmerged confidence", ylabel=LABELS["macs_ratio"])
+    axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="predictions changed (%)")
+    axes[2].legend()
 
 
 def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) -> None:
@@ -278,7 +279,7 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) 
             label = f"{ending}, top-1 within 0.5 points"
             axes[0].axhline(fine.payload_bytes.min(), color=color, lw=1, ls="-.", label=label)
     axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
-    axes[0].legend(fontsize=7, ncols=2)
+    axes[0].legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):
         color = COLORS["threshold" if method == "ours" else "unmerged"]
         axes[1].plot(part.split_layer, part.edge_macs / 1e6, "o-", ms=3, color=color, label=f"{method}, device")
