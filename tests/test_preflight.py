@@ -139,7 +139,8 @@ def test_the_paper_profile_of_this_repository_names_what_it_loads(machine):
     assert wanted.local == {}
 
 
-def test_a_notebook_that_outlived_its_run_is_named(root):
+@pytest.mark.parametrize("folder", ["notebooks", "."])
+def test_a_notebook_that_outlived_its_run_is_named(root, folder):
     (root / "notebooks").mkdir()
     script = root / "papermill"
     script.write_text(
@@ -151,7 +152,7 @@ def test_a_notebook_that_outlived_its_run_is_named(root):
     )
     command = [sys.executable, str(script), "notebooks/30_search.ipynb", "executed/30_search.ipynb"]
     assert list(preflight.leftovers(root)) == []
-    process = subprocess.Popen(command, cwd=root / "notebooks", stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=root / folder, stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"up\n"
         (line,) = preflight.leftovers(root)

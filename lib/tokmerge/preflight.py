@@ -127,10 +127,9 @@ def leftovers(root: Path) -> Iterator[str]:
     for process in psutil.process_iter(["cmdline"]):
         try:
             command = process.info["cmdline"] or []
-            # papermill itself has changed to the notebooks' folder; a shell around it has not.
-            ours = (
-                any("papermill" in part for part in command[:3]) and Path(process.cwd()) == root.resolve() / "notebooks"
-            )
+            runs = any(Path(part).name == "papermill" for part in command[:3])
+            # It starts in the repository and goes on in the notebooks' folder.
+            ours = runs and Path(process.cwd()) in (root.resolve(), root.resolve() / "notebooks")
         except (psutil.Error, OSError):
             continue
         if ours:
