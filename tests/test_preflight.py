@@ -1,7 +1,10 @@
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -116,6 +119,11 @@ def test_local_copies_need_no_access(root, machine, tmp_path):
     machine.token = None
     assert list(preflight.missing(root, "paper")) == []
     assert machine.asked == []
+    change(root, "50_vqa", data_path=None)
+    assert list(preflight.missing(root, "paper")) == [
+        "local: data_path of vqav2 (params/paper/50_vqa.yaml) does not exist"
+    ]
+    change(root, "50_vqa", data_path=str(tmp_path / "val"))
     (tmp_path / "llava").rmdir()
     assert [line.split(" does")[0] for line in preflight.missing(root, "paper")] == [
         f"local: {tmp_path / 'llava'} (llava in params/paper/50_vqa.yaml)"
@@ -163,6 +171,25 @@ def test_a_notebook_that_outlived_its_run_is_named(root, folder):
         process.wait()
         process.stdout.close()
     assert list(preflight.leftovers(root)) == []
+
+
+def test_a_killed_run_leaves_no_lock_that_stops_the_next(tmp_path):
+    dvc = [sys.executable, "-m", "dvc"]
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=tmp_path, check=True, env=environment)
+    command = "echo $$ > pid; test -e again || exec sleep 60; echo done > out"
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"slow": {"cmd": command, "outs": ["out"]}}}))
+    run = subprocess.Popen([*dvc, "repro", "-q"], cwd=tmp_path, env=environment)
+    pid = tmp_path / "pid"
+    deadline = time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    (tmp_path / "again").touch()
+    subprocess.run([*dvc, "repro", "-q"], cwd=tmp_path, check=True, env=environment, timeout=60)
+    assert (tmp_path / "out").read_text() == "done\n"
 
 
 def test_command_exits_with_all_lines(root, machine, monkeypatch, capsys):

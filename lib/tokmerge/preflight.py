@@ -25,6 +25,8 @@ OTHER = 0.5
 RESULTS = {"embedded": 2.0, "paper": 10.0}
 # Gigabytes of GPU memory: for a vision transformer of a batch of 64, and for a 7B language model in half precision.
 VISION_MEMORY, LANGUAGE_MEMORY = 8.0, 22.0
+# Data sets that have to be on this machine, where data_path says.
+LOCAL_DATA = ("imagefolder", "vqav2")
 # Parameters that name a model.
 MODEL_KEY = re.compile(r"^(model|models|llava|judge)$|_(name|names|model|models)$|_llava$")
 HUB_DATA = {"imagenet-1k": "ILSVRC/imagenet-1k", "vqav2-hub": "lmms-lab/VQAv2"}
@@ -79,6 +81,8 @@ def _read(params: dict[str, Any], file: str, found: Needs) -> None:
             found.local[value] = f"{key} in {file}"
         elif value in HUB_DATA and not params.get("data_path"):
             found.data[HUB_DATA[value]] = file
+        elif value in LOCAL_DATA and not params.get("data_path"):
+            found.local[f"data_path of {value}"] = file
         elif MODEL_KEY.search(key):
             if Path(value).is_absolute() or value.startswith("."):
                 found.local[value] = f"{key} in {file}"
