@@ -19,6 +19,7 @@ help:
 	@echo "make report        a static site from executed notebooks and figures: results/report/index.html"
 	@echo "make test          lint, types, unit tests, every notebook in its smoke profile"
 	@echo "make test-browser  the report and JupyterLab in a headless Chromium"
+	@echo "make setup         .venv from the exact pins (the other commands do it on first use)"
 	@echo "make lab           JupyterLab with the right kernel"
 	@echo "make studies       rerun the frozen stages (training and studies; hours)"
 	@echo "make bench         images per second and peak memory, printed and saved to results/bench.parquet"
