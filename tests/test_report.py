@@ -33,7 +33,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("clone")
     for name in ("notebooks", "figures", "params", "docs"):
         shutil.copytree(ROOT / name, root / name)
-    for name in ("dvc.yaml", "README.md"):
+    for name in ("dvc.yaml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, root / name)
     folder = root / "executed" / "embedded"
     folder.mkdir(parents=True)
