@@ -17,6 +17,7 @@ CELLS = [
         'third = load(need("c", made_by="30_c"))\n'
         "for name in third.kinds:\n    plots.save(draw(third, name), target / f'each_{name}')"
     ),
+    new_code_cell("for name in second:\n    plots.save(draw(second), target / name)"),
     new_code_cell("first = 1\nplots.save(draw(first), target / 'nothing')"),
 ]
 
@@ -31,7 +32,14 @@ def test_a_figure_knows_its_caption_and_the_notebooks_behind_it(tmp_path):
     assert figures["each_y"].tables_of == ("30_c",)
     assert "One of each" in figures["each_y"].caption
     assert figures["nothing"].tables_of == (), "the variable was assigned something else"
-    assert (figures["stray"].caption, figures["stray"].drawn_by) == ("", "90_figures")
+    assert figures["stray"].tables_of == ("20_b",), "only a run knows its name"
+
+
+def test_a_figure_that_no_code_names_comes_last(tmp_path):
+    nbformat.write(new_notebook(cells=CELLS[:5]), tmp_path / "90_figures.ipynb")
+    both, stray = origins.find_figures(tmp_path, ["a_stray", "both"])
+    assert (both.name, stray.name) == ("both", "a_stray")
+    assert (stray.caption, stray.drawn_by, stray.tables_of) == ("", "90_figures", ())
 
 
 def test_every_committed_figure_is_found_with_its_caption():

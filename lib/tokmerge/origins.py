@@ -7,7 +7,7 @@ A figure notebook loads tables by ``paths.need(..., made_by="20_merging")`` and 
 import ast
 import fnmatch
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -38,8 +38,7 @@ def find_figures(folder: Path, drawn: Iterable[str]) -> list[Figure]:
         folder: of the notebooks; those numbered 90 and above draw.
         drawn: names of figures that are there. One that no notebook's code names comes last, without a caption.
     """
-    found: dict[str, Figure] = {}
-    names = sorted(drawn)
+    saved: dict[str, Figure] = {}
     for path in sorted(folder.glob("9*.ipynb")):
         behind: dict[str, set[str]] = {}
         caption = ""
@@ -54,11 +53,16 @@ def find_figures(folder: Path, drawn: Iterable[str]) -> list[Figure]:
             makers = sorted(set().union(*(behind[one] for one in used), direct_makers(tree)))
             html = markdown2html_mistune(caption)
             for pattern in saved_names(tree):
-                for name in fnmatch.filter(names, pattern):
-                    found.setdefault(name, Figure(name, html, path.stem, tuple(makers)))
+                saved.setdefault(pattern, Figure(pattern, html, path.stem, tuple(makers)))
             for name in loop_variables(tree):
                 behind.pop(name, None)
-    return [*found.values(), *(Figure(name, "", "90_figures", ()) for name in names if name not in found)]
+    saved["*"] = saved.pop("*", Figure("*", "", "90_figures", ()))
+    order, figures = list(saved), []
+    for name in sorted(drawn):
+        # The pattern that says most about a name is the one that saved it.
+        pattern = max((one for one in order if fnmatch.fnmatch(name, one)), key=len)
+        figures.append((order.index(pattern), replace(saved[pattern], name=name)))
+    return [figure for _, figure in sorted(figures, key=lambda pair: pair[0])]
 
 
 def follow(tree: ast.AST, behind: dict[str, set[str]]) -> None:
