@@ -122,3 +122,19 @@ def test_draw_methods_has_a_colour_per_method_and_the_limit():
     assert tuple(ours.get_color()) != tuple(other.get_color())
     assert ax.lines[-1].get_ydata()[0] == 0.5
     plt.close(fig)
+
+
+def test_painted_merge_map_by_hand():
+    image = np.array([[0.0, 0.5], [1.0, 0.25]])
+    groups = np.array([[0, 0], [1, 2]])
+    picture = plots.paint_merge_map(image, groups, cell=3)
+    assert picture.shape == (6, 6, 3)
+    assert picture.dtype == np.uint8
+    tint = plots.tints(groups)
+    assert (tint[1] == 0).all(), "patches on their own have no tint"
+    expected = 0.5 * (1 - tint[0, 1, 3]) + tint[0, 1, :3] * tint[0, 1, 3]
+    assert np.array_equal(picture[1, 4], (expected * 255).round().astype(np.uint8))
+    assert (picture[3] == 255).all(), "a border above the second row"
+    assert (picture[4, 3] == 255).all()
+    assert (picture[4, 4] == 64).all()
+    assert not (picture[0:3, 3] == 255).all(), "none inside a group"
