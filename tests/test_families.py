@@ -17,7 +17,7 @@ STATISTICS = ([0.5] * 4, [0.1] * 4)
 @pytest.fixture(scope="module")
 def guide():
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return guided.fit(build(), [Batch([str(i) for i in range(24)], images, torch.zeros(24))])
+    return guided.fit(build(num_classes=2), [Batch([str(i) for i in range(24)], images, torch.zeros(24))])
 
 
 @pytest.fixture(scope="module")

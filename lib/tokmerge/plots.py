@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -99,22 +98,50 @@ def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray, sizes: dict[
         sizes: patches per group; counted from ``groups`` by default.
     """
     rows, columns = groups.shape
-    if sizes is None:
-        sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
     ax.imshow(image, extent=(0, columns, rows, 0), vmin=0, vmax=1, interpolation="nearest")
-    tint = np.zeros((rows, columns, 4))
-    # Groups are numbered in reading order; a large odd stride gives neighbours different hues.
-    hues = colormaps["hsv"](np.arange(groups.max() + 1) * 0.381966 % 1.0)
-    for group, size in sizes.items():
-        if size > 1:
-            tint[groups == group] = (*hues[group][:3], 0.42)
-    ax.imshow(tint, extent=(0, columns, rows, 0), interpolation="nearest")
+    ax.imshow(tints(groups, sizes), extent=(0, columns, rows, 0), interpolation="nearest")
     vertical = np.argwhere(groups[:, 1:] != groups[:, :-1])
     horizontal = np.argwhere(groups[1:] != groups[:-1])
     ax.vlines(vertical[:, 1] + 1, vertical[:, 0], vertical[:, 0] + 1, color="white", lw=0.6, rasterized=True)
     ax.hlines(horizontal[:, 0] + 1, horizontal[:, 1], horizontal[:, 1] + 1, color="white", lw=0.6, rasterized=True)
     ax.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
     ax.grid(False)
+
+
+def tints(groups: np.ndarray, sizes: dict[int, int] | None = None) -> np.ndarray:
+    """A colour on every group of several patches: (rows, columns) groups -> (rows, columns, 4) in [0, 1]."""
+    if sizes is None:
+        sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
+    tint = np.zeros((*groups.shape, 4))
+    # Groups are numbered in reading order; a large odd stride gives neighbours different hues.
+    hues = colormaps["hsv"](np.arange(groups.max() + 1) * 0.381966 % 1.0)
+    for group, size in sizes.items():
+        if size > 1:
+            tint[groups == group] = (*hues[group][:3], 0.42)
+    return tint
+
+
+def paint_merge_map(image: np.ndarray, groups: np.ndarray, cell: int = 16) -> np.ndarray:
+    """What `draw_merge_map` draws, as plain pixels: for pictures that must follow a hand, figures take too long.
+
+    Args:
+        image: (H, W), (H, W, 1) or (H, W, 3) in [0, 1].
+        groups: (rows, columns) group of each patch.
+        cell: pixels along the side of a patch.
+
+    Returns:
+        (rows * cell, columns * cell, 3) uint8.
+    """
+    rows, columns = groups.shape
+    y, x = (np.arange(n * cell) * size // (n * cell) for n, size in zip((rows, columns), image.shape, strict=False))
+    picture = np.broadcast_to(image.reshape(*image.shape[:2], -1)[y[:, None], x], (len(y), len(x), 3))
+    block = np.ones((cell, cell), int)
+    tint = np.kron(tints(groups), block[..., None])
+    picture = picture * (1 - tint[..., 3:]) + tint[..., :3] * tint[..., 3:]
+    large = np.kron(groups, block)
+    picture[:, 1:][large[:, 1:] != large[:, :-1]] = 1
+    picture[1:][large[1:] != large[:-1]] = 1
+    return (picture * 255).round().astype(np.uint8)
 
 
 def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
@@ -230,59 +257,3 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
         )  # fmt: skip
     ax.axhline(0.5, color=COLORS["unmerged"], lw=0.8, ls="--")
     ax.set(xlabel=LABELS[column], xlim=(0, None))
-
-
-def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame) -> None:
-    """Draw what images cost: how it spreads, how it follows the model's doubt, and where predictions change.
-
-    Args:
-        axes: three.
-        mine: one row per image under an adaptive policy; columns macs, prediction.
-        fixed: the same images under a schedule that is the same for all.
-        unmerged: the same images unmerged; columns macs, prediction, confidence.
-    """
-    tenth = 1 + pd.qcut(unmerged.confidence.rank(method="first"), min(10, len(unmerged)), labels=False)
-    for label, frame, color in (("adaptive", mine, "threshold"), ("fixed", fixed, "fixed r")):
-        ratio, changed = frame.macs / unmerged.macs, 100 * (frame.prediction != unmerged.prediction)
-        look: dict[str, Any] = {"color": COLORS[color], "label": label}
-        if label == "adaptive":
-            axes[0].hist(ratio, bins=40, **look)
-        else:
-            axes[0].axvline(ratio.mean(), ls="--", lw=1.2, **look)
-        groups = ratio.groupby(tenth)
-        low, high = (groups.quantile(share) for share in (0.1, 0.9))
-        axes[1].fill_between(low.index, low, high, color=COLORS[color], alpha=0.2, lw=0)
-        axes[1].plot(groups.mean(), "o-", ms=3.5, **look)
-        axes[2].plot(changed.groupby(tenth).mean(), "o-", ms=3.5, **look)
-    axes[0].set(xlabel=LABELS["macs_ratio"], ylabel="images")
-    axes[1].set(xlabel="tenths of images, by unmerged confidence", ylabel=LABELS["macs_ratio"])
-    axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="predictions changed (%)")
-    axes[2].legend()
-
-
-def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) -> None:
-    """Draw what every split sends and what it costs the device.
-
-    Args:
-        axes: two.
-        splits: columns method ("unmerged" or "ours"), precision, split_layer, edge_macs, payload_bytes.
-        sent: what else could be sent; columns sent ("jpeg", "webp", ...), payload_bytes, top1_drop.
-    """
-    styles = {"float16": "-", "int8": "--", "int4": ":"}
-    for (method, precision), part in splits.groupby(["method", "precision"], sort=False):
-        color = COLORS["threshold" if method == "ours" else "unmerged"]
-        label = f"{method}, {precision}"
-        axes[0].semilogy(part.split_layer, part.payload_bytes, styles[str(precision)], color=color, label=label)
-    for ending, color in (("jpeg", COLORS["fixed r"]), ("webp", COLORS["accent"])):
-        fine = sent[(sent.sent == ending) & (sent.top1_drop <= 0.005)]
-        if len(fine):
-            label = f"{ending}, top-1 within 0.5 points"
-            axes[0].axhline(fine.payload_bytes.min(), color=color, lw=1, ls="-.", label=label)
-    axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
-    axes[0].legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):
-        color = COLORS["threshold" if method == "ours" else "unmerged"]
-        axes[1].plot(part.split_layer, part.edge_macs / 1e6, "o-", ms=3, color=color, label=f"{method}, device")
-        axes[1].plot(part.split_layer, part.server_macs / 1e6, "s--", ms=3, color=color, label=f"{method}, server")
-    axes[1].set(xlabel="blocks on the device", ylabel="million MACs per image")
-    axes[1].legend(fontsize=7)
