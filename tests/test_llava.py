@@ -230,8 +230,8 @@ def test_macs_equal_torchs_count(images):
     assert record.prefill_macs[0] == pytest.approx(prefill, rel=0.002)
     assert record.seen.projector_macs[0] == projector
     # The passes after the prefill, each with one token more behind it.
-    per_token = merged.cost.linear + merged.cost.head
-    assert record.decode_macs[0] == sum(per_token + 2 * (n + t) * merged.cost.attn_dim for t in range(1, 5))
+    per_token = 2 * merged.cost.linear + merged.cost.head
+    assert record.decode_macs[0] == sum(per_token + 2 * (n + t) * 2 * merged.cost.attn_dim for t in range(1, 5))
     total = record.seen.vision_macs + record.seen.projector_macs + record.prefill_macs + record.decode_macs
     assert torch.equal(record.macs, total)
 
