@@ -125,9 +125,9 @@ def compare(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.DataFrame, T
     return {**measured, "root_kl": root, "root_kl_sem": root_sem}
 
 
-def of_images(asked: QuestionSet, n_images: int) -> QuestionSet:
-    """The questions about the first images."""
-    names = list(dict.fromkeys(question.image_id for question in asked.questions))[:n_images]
+def of_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionSet:
+    """The questions about so many images, the first ones that are not skipped."""
+    names = list(dict.fromkeys(question.image_id for question in asked.questions))[skip : skip + n_images]
     wanted = set(names)
     return questions.subset(asked, [i for i, q in enumerate(asked.questions) if q.image_id in wanted])
 
