@@ -20,8 +20,8 @@ def test_every_space_has_as_many_parameters_and_builds_routes_that_fit():
 
 def test_the_spaces_mean_what_they_say():
     spaces = contenders.spaces(4, 64, CALIBRATION, 4)
-    route = spaces["local threshold"].configuration({"u_00": 0.0, "u_01": 0.3, "reach_00": 1.0, "reach_01": 7.0})
-    assert route.policy.reach == (1, 3, 5, 7)
+    route = spaces["local threshold"].configuration({"u_00": 0.0, "u_01": 0.3, "reach_00": 1.0, "reach_01": 4.0})
+    assert route.policy.reach == (1, 2, 3, 4)
     assert route.policy.thresholds == pytest.approx((1.0, 0.9, 0.8, 0.7))
     assert spaces["threshold"].configuration({f"u_{i:02d}": 0.5 for i in range(4)}).policy == Threshold((0.5,) * 4)
     assert spaces["ToMe"].bounds["r_00"] == (0.0, 3 * 64 / 4)

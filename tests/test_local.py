@@ -35,7 +35,7 @@ def test_equals_the_plain_implementation_layer_by_layer(reach, images, monkeypat
     monkeypatch.setattr(
         LocalThreshold, "select", lambda self, context: contexts.append(context) or select(self, context)
     )
-    clip.patch(tower, LocalThreshold(0.2, reach))(images, source=True)
+    clip.patch(tower, LocalThreshold(0.2, reach, "keys"))(images, source=True)
     merged = 0
     for (tokens, merges), context in zip(seen, contexts, strict=True):
         source, counts = tokens.source.tolist(), tokens.layout.counts

@@ -38,7 +38,7 @@ def test_every_choice_reaches_the_model():
 def test_rows_tell_routes_apart():
     rows = [route.row() for route in ROUTES]
     assert rows[1]["thresholds"] == (0.9, 0.8, 1.0, 0.7)
-    assert rows[2]["output_policy"] == "TopR(r=3)"
+    assert rows[2]["output_policy"] == "TopR(r=3, feature='keys')"
     assert rows[2]["pruning"] == "Pruning(layer=1, keep=0.25)"
     assert rows[0]["policy"] == "None"
     assert len({json.dumps(row) for row in rows}) == 3

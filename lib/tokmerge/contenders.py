@@ -50,7 +50,7 @@ def spaces(
         return Route(LocalThreshold(calibration.thresholds(u), tuple(reach)), **options)
 
     settled = {"calibration": calibration.quantiles.mean(1).round(5).tolist(), **options}
-    near = {"u": (0.0, 1.0), "reach": (1.0, side)}
+    near = {"u": (0.0, 1.0), "reach": (1.0, side / 2)}
     return {
         "threshold": Space(depth, {"u": (0.0, 1.0)}, threshold, parameters, settled=settled),
         "local threshold": Space(depth, near, local, parameters // 2, settled=settled),

@@ -1,6 +1,6 @@
 """Thresholds that only let neighbours merge: a merged token then stands for one region of the image.
 
-Equal things at two places look the same to the keys. Merged into one token they are remembered, where they were is
+Equal things at two places look the same. Merged into one token they are remembered, where they were is
 not; a question may ask just that.
 """
 
@@ -11,7 +11,7 @@ from numbers import Real
 from torch import Tensor
 
 from tokmerge.merge import Context, Merges, match
-from tokmerge.policies import at, bipartite_macs, check_length, per_layer
+from tokmerge.policies import at, bipartite_macs, check_feature, check_length, per_layer
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class LocalThreshold:
     Args:
         thresholds: one cosine threshold for every block, or one per block; 1 or more switches a block off.
         reach: most rows and most columns between a and b, for every block or one number per block.
+        feature: what similarity is measured on: "tokens" or "keys".
 
     >>> LocalThreshold([0.9, 1.0], reach=3).active(1)
     False
@@ -30,10 +31,12 @@ class LocalThreshold:
 
     thresholds: float | Sequence[float]
     reach: float | Sequence[float]
+    feature: str = "tokens"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", per_layer("LocalThreshold", "thresholds", self.thresholds, Real))
         object.__setattr__(self, "reach", per_layer("LocalThreshold", "reach", self.reach, Real))
+        check_feature("LocalThreshold", self.feature)
 
     def check(self, depth: int) -> None:
         check_length("LocalThreshold", "thresholds", self.thresholds, depth)
