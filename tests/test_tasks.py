@@ -85,6 +85,10 @@ def test_shipped_models_bring_their_questions():
     assert (task.search.split, task.test.split) == ("search", "test")
     assert len(task.test) == 12
     assert task.template == "<image> {question}"
+    # A photo is 28 x 28 pixels; blank cells are black.
+    for question, image in task.test.pairs():
+        cells = np.asarray(image)[..., 0].reshape(3, 28, 3, 28).max((1, 3))
+        assert task.photos[question.image_id] == (cells > 0).sum()
 
 
 def test_compressed_images_are_the_codecs():

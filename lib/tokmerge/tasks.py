@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from tokmerge import answering, codecs, embedded, llava, questions, store, vqa
+from tokmerge import answering, codecs, embedded, llava, questions, scenes, store, vqa
 from tokmerge.data import DataError
 from tokmerge.llava import MergedLlava
 from tokmerge.questions import Question, QuestionSet
@@ -28,6 +28,7 @@ class Task:
         search: questions to choose thresholds on.
         test: questions to report on; no image is on both sides.
         template: the model's prompt.
+        photos: how many photos each test image is made of, where that is known.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Task:
     search: QuestionSet
     test: QuestionSet
     template: str
+    photos: Mapping[str, int] = field(default_factory=dict)
 
 
 def load(
@@ -63,9 +65,14 @@ def load(
         ValueError: there is no such model.
     """
     if name in embedded.NAMES:
-        where = {} if name == "easy-vqa-llava" else {"source": photos, "data_dir": data_dir}
+        where: dict[str, Any] = {} if name == "easy-vqa-llava" else {"source": photos, "data_dir": data_dir}
         search, test = answering.splits(name, n_search, n_test or 1000, **where)
-        return Task(name, *embedded.load(name), search, test, embedded.TEMPLATE)
+        counts: dict[str, int] = {}
+        if where:
+            made = scenes.load("test", n_test or 1000, seed=embedded.card(name)["params"]["seed"], **where)
+            names = dict.fromkeys(question.image_id for question in test.questions)
+            counts = dict(zip(names, made.counts.tolist(), strict=True))
+        return Task(name, *embedded.load(name), search, test, embedded.TEMPLATE, counts)
     if source is None:
         raise DataError(f"{name} brings no questions: name a source, such as vqav2 with a path")
     everything = questions.load(source, split, path=path, data_dir=data_dir)
