@@ -31,7 +31,9 @@ def draw_answering(axes: Sequence[Axes], points: pd.DataFrame, limit: float) -> 
                     mew=0.7, zorder=3 if ours else 2,
                 )  # fmt: skip
         ax.axhline(limit, color=COLORS["unmerged"], lw=0.8, ls="--")
-        ax.set(xlabel=LABELS[cost], xscale="log")
+        ax.set_xlabel(LABELS[cost])
+    axes[0].set_xlim(0, 1.05)
+    axes[1].set_xscale("log")
     axes[0].set_ylabel("loss of accuracy (points)")
     axes[1].legend(fontsize=7, ncols=2, title="triangles: int8, int4", title_fontsize=7)
 
