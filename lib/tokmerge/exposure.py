@@ -1,4 +1,4 @@
-"""One attack from end to end: intercept, train, rebuild, measure. What all attacks on one model share is a `Setting`."""
+"""One attack from end to end: intercept, train, rebuild, measure; a `Setting` is what all attacks on a model share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from tokmerge import attackers, data, leakage, models, paths, store
 from tokmerge.clip import patch as patch_tower
 from tokmerge.packed import Packed
 from tokmerge.privacy import Defence, collect, listen, serve
+from tokmerge.scenes import PHOTO
 from tokmerge.vit import patch
 
 
@@ -44,7 +45,7 @@ class Setting:
         public: (n, C, H, W) uint8, images the attacker has.
         test: (m, C, H, W) uint8, images it wants.
         groups: (m,) within which originals are looked for.
-        hits: (m, C, H, W) images in [0, 1] to (m,) shares of right answers of the judge.
+        hits: the first k test images, rebuilt, (k, C, H, W) in [0, 1], to (k,) shares of right answers of the judge.
         features: (B, C, H, W) images in [0, 1] to (B, d) features of the model under attack.
         serve: (tokens, defence, split layer, seed) to (m,) right answers of the server and (m,) payload bytes;
             None where no server is asked.
@@ -69,6 +70,17 @@ class Setting:
     def images(self) -> Tensor:
         """(m, C, H, W) the test images in [0, 1]."""
         return self.test.float() / 255
+
+    def clean(self) -> float:
+        """The judge's accuracy on the test images themselves.
+
+        Raises:
+            ValueError: it is never right, and nothing can be relative to that.
+        """
+        accuracy = self.hits(self.images()).mean().item()
+        if accuracy == 0:
+            raise ValueError("the judge is right on none of the test images: teach it longer")
+        return accuracy
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the model takes them."""
@@ -120,14 +132,14 @@ class Setting:
     def measure(
         self, rebuilt: Tensor, tokens: Packed, defence: Defence, split_layer: int | None, seed: int
     ) -> pd.DataFrame:
-        """One row per test image: similarity, distance, hit, relative, matched, chance, tokens; server_hit and bytes."""
+        """One row per test image: all of `tokmerge.leakage`, tokens, and what the server made of them."""
         images = self.images()
         table = leakage.similarity(images, rebuilt)
         few = slice(self.n_distance)
         distance = leakage.feature_distance(self.features, images[few], rebuilt[few], self.batch_size)
         table["distance"] = pd.Series(distance.numpy()).reindex(table.index)
         table["hit"] = self.hits(rebuilt).numpy()
-        table["relative"] = table.hit / self.hits(images).mean().item()
+        table["relative"] = table.hit / self.clean()
         table = table.join(leakage.matching(images, rebuilt, self.groups))
         table["tokens"] = tokens.lengths.numpy()
         if self.serve is not None:
@@ -184,7 +196,8 @@ def classification(
         return packed.x[packed.layout.offsets].cpu()
 
     def hits(images: Tensor) -> Tensor:
-        return (leakage.classify(lambda part: judge(part.to(device)), images) == test.labels).float()
+        found = leakage.classify(lambda part: judge(part.to(device)), images)
+        return (found == test.labels[: len(images)]).float()
 
     setting = Setting(
         hear, mean, std, model.num_prefix_tokens, unnormalise(public, mean, std), unnormalise(test.images, mean, std),
@@ -258,6 +271,27 @@ def tower(
         packed = plain(setting.normalise(images))[0]
         return packed.layout.pad(packed.x).mean(1)
 
-    groups = torch.zeros(len(test), dtype=torch.long)
+    groups = torch.zeros(len(test), dtype=torch.long)  # any scene may be the original
     setting = Setting(hear, mean, std, 0, public, test, groups, hits, mean_features, None, batch_size)
     return setting
+
+
+def scene_hits(judge: nn.Module, kinds: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """`Setting.hits` for scenes: the judge, taught on single photos, looks at every cell that shows one.
+
+    Args:
+        judge: (B, 1, 28, 28) in [0, 1] to scores of `tokmerge.scenes.KINDS`.
+        kinds: (n, 9) kind in each cell, -1 for blank.
+    """
+    truth = torch.from_numpy(kinds)
+
+    def hits(images: Tensor) -> Tensor:
+        grey = images.mean(1, keepdim=True)
+        cells = grey.unfold(2, PHOTO, PHOTO).unfold(3, PHOTO, PHOTO).flatten(2, 3).transpose(1, 2).flatten(0, 1)
+        known = truth[: len(images)]
+        filled = known >= 0
+        right = torch.zeros(filled.shape)
+        right[filled] = (leakage.classify(judge, cells[filled.flatten()]) == known[filled]).float()
+        return right.sum(1) / filled.sum(1)
+
+    return hits

@@ -6,12 +6,14 @@ And *matching*: does the reconstruction tell its original from the other test im
 its accuracy must send the class; everything that matching finds beyond chance is more than the task asks for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import piq
 import torch
+from scipy.stats import t
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -89,7 +91,9 @@ def matching(images: Tensor, rebuilt: Tensor, groups: Tensor) -> pd.DataFrame:
     return pd.DataFrame({"matched": matched, "chance": chance})
 
 
-def summarise(table: pd.DataFrame, reference: pd.DataFrame | None = None, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def summarise(
+    table: pd.DataFrame, reference: pd.DataFrame | None = None, draws: int = 1000, seed: int = 0
+) -> pd.DataFrame:
     """Means with 95 % bootstrap intervals over the images, over all of them and over the worst.
 
     The worst are the 5 % of images whose reconstructions are most alike by SSIM, the same ones for all metrics; every
@@ -118,7 +122,9 @@ def summarise(table: pd.DataFrame, reference: pd.DataFrame | None = None, draws:
             row = {"metric": metric, "images": which, **_interval(means[:, column])}
             if based is not None:
                 change = _interval(means[:, column] - based[which][:, column])
-                row |= {f"change{'_' * (key != 'value')}{key if key != 'value' else ''}": v for key, v in change.items()}
+                row |= {
+                    f"change{'_' * (key != 'value')}{key if key != 'value' else ''}": v for key, v in change.items()
+                }
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -140,12 +146,13 @@ def _interval(values: np.ndarray) -> dict[str, float]:
 
 
 class Judge(nn.Module):
-    """A small convolutional classifier of (B, C, H, W) images in [0, 1], unlike anything that attacks or is attacked."""
+    """A small convolutional classifier of (B, C, H, W) images in [0, 1], unlike what attacks and what is attacked."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        widths, layers = (channels, 32, 32, 64, 64, 96), []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        widths = (channels, 32, 32, 64, 64, 96)
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(pairwise(widths)):
             layers += [nn.Conv2d(before, after, 3, 1 + index % 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], classes)
 
@@ -197,21 +204,27 @@ def classify(judge: Callable[[Tensor], Tensor], images: Tensor, batch_size: int 
         return torch.cat([judge(batch).argmax(1).cpu() for batch in images.split(batch_size)])
 
 
-def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where one more training would land with 95 % probability, from some that differ in nothing but the seed.
+def retraining_intervals(values: Mapping[str, Sequence[float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Where one more training would land, from some that differ in nothing but the seed.
 
-    mean +- t(0.975, k - 1) s sqrt(1 + 1/k), as for a further draw from a normal distribution.
+    mean +- t s sqrt(1 + 1/k), as for a further draw from a normal distribution; s is pooled over all that is given.
+
+    Args:
+        values: of each defence, k trainings.
+        level: probability.
 
     Raises:
-        ValueError: fewer than two values.
+        ValueError: fewer than two trainings of one defence.
 
-    >>> [round(end, 3) for end in prediction_interval([0.5, 0.52, 0.54])]
+    >>> found = retraining_intervals({"a": [0.5, 0.52, 0.54]})
+    >>> [round(end, 3) for end in found["a"]]
     [0.421, 0.619]
     """
-    from scipy.stats import t
-
-    k = len(values)
-    if k < 2:
-        raise ValueError(f"{k} training tells nothing about the next: give at least two")
-    reach = float(t.ppf(0.975, k - 1)) * float(np.std(values, ddof=1)) * (1 + 1 / k) ** 0.5
-    return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+    for name, given in values.items():
+        if len(given) < 2:
+            raise ValueError(f"{name}: {len(given)} training tells nothing about the next: give at least two")
+    freedom = sum(len(given) - 1 for given in values.values())
+    squares = sum(np.square(np.subtract(given, np.mean(given))).sum() for given in values.values())
+    reach = float(t.ppf(0.5 + level / 2, freedom)) * float(squares / freedom) ** 0.5
+    middles = {name: (float(np.mean(given)), reach * (1 + 1 / len(given)) ** 0.5) for name, given in values.items()}
+    return {name: (middle - away, middle + away) for name, (middle, away) in middles.items()}

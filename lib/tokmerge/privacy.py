@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tokmerge import wire
+from tokmerge.front import Front
 from tokmerge.packed import Layout, Packed
 from tokmerge.peers import RandomPruning
 from tokmerge.policies import Policy, Threshold, TopR
@@ -86,6 +87,22 @@ def add_noise(x: Tensor, layout: Layout, snr_db: float, generator: torch.Generat
     deviation = (power / layout.lengths.clamp(min=1) * 10 ** (-snr_db / 10)).sqrt()
     noise = torch.randn(x.shape, generator=generator, device="cpu").to(x.device)
     return x + noise * deviation[layout.image][:, None]
+
+
+def from_front(front: Front, max_drop: float, cost: str, name: str | None = None) -> Defence:
+    """The point of a front with the least of one cost among those within a drop of top-1, else the most accurate one.
+
+    Args:
+        front: of a search.
+        max_drop: against the unmerged model, on the front's data.
+        cost: "bytes" or "macs".
+        name: of the defence; by default the share of the bytes that are left.
+    """
+    # Half an ulp of slack, as in `tokmerge.front.Front.pick`.
+    fitting = [point for point in front.points if front.unmerged_top1 - point.top1 <= max_drop + 1e-9]
+    fitting = fitting or [max(front.points, key=lambda point: point.top1)]
+    best = min(fitting, key=lambda point: (getattr(point, f"{cost}_ratio"), -point.top1))
+    return Defence(name or f"merged to {best.bytes_ratio:.1%}", "threshold", best.thresholds)
 
 
 def decreasing(total: int, depth: int) -> tuple[int, ...]:
