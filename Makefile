@@ -32,7 +32,7 @@ repro: $(READY)
 	dvc repro $(PIPELINE)
 
 studies: $(READY)
-	dvc repro --force --single-item train_vit train_llava search_study imagenet_study
+	dvc repro --force --single-item train_vit train_llava search_study imagenet_study privacy_study
 
 test: lint
 	pytest -n 2 --dist loadfile --doctest-modules

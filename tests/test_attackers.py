@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import tokmerge
 import torch
@@ -26,15 +27,15 @@ def patches(n, seed=0):
     return images, Packed(x, Layout(torch.full((n,), SIDE * SIDE + 1)), torch.ones(len(x)), source)
 
 
-def attacker(kind, width=32):
+def attacker(kind, width=16):
     torch.manual_seed(0)
     return Attacker(kind, dim=2, n_tokens=SIDE * SIDE + 1, prefix=1, image_shape=(CHANNELS, 16, 16), width=width)
 
 
-def error(kind, tokens, images, n_train=192, steps=150):
+def error(kind, tokens, images, n_train=144, steps=60):
     net = attacker(kind)
-    curve = train(net, pick(tokens, torch.arange(n_train)), images[:n_train], clean, steps=steps, batch_size=32,
-                  lr=1e-2, seed=0, n_check=32)  # fmt: skip
+    curve = train(net, pick(tokens, torch.arange(n_train)), images[:n_train], clean, steps=steps, batch_size=16,
+                  lr=1e-2, seed=0, n_check=16)  # fmt: skip
     test = torch.arange(n_train, len(images))
     rebuilt = rebuild(net, pick(tokens, test), clean, 32, torch.Generator())
     return (rebuilt - images[test] / 255).square().mean().item(), curve
@@ -42,12 +43,23 @@ def error(kind, tokens, images, n_train=192, steps=150):
 
 @pytest.mark.parametrize("kind", attackers.KINDS)
 def test_attackers_learn_a_trivially_invertible_map(kind):
-    images, tokens = patches(256)
-    found, curve = error(kind, tokens, images, steps=150 if kind != "sequence" else 300)
+    images, tokens = patches(176)
+    found, curve = error(kind, tokens, images, steps=60 if kind != "sequence" else 120)
     variance = (images / 255.0).var().item()
-    assert found < (0.25 if kind != "sequence" else 0.6) * variance
-    assert curve.loss.iloc[-1] < curve.loss.iloc[0]
-    assert curve.step.iloc[-1] == curve["images"].iloc[-1] / 32
+    # Where the order alone says which patch is which, attention has to find that out.
+    assert found < (0.3 if kind != "sequence" else 0.6) * variance
+    assert curve.loss.iloc[-1] < 0.8 * curve.loss.iloc[0]
+    assert curve.step.iloc[-1] == curve["images"].iloc[-1] / 16
+
+
+def test_waves_of_near_cells_are_alike():
+    waves = attackers.grid_waves(4, 16).view(4, 4, 16)
+    at = np.pi * (np.arange(4) + 0.5) / 4
+    frequencies = 2.0 ** np.linspace(0, 3, 4)
+    expected = [*np.sin(at[1] * frequencies), *np.cos(at[1] * frequencies),
+                *np.sin(at[3] * frequencies), *np.cos(at[3] * frequencies)]  # fmt: skip
+    np.testing.assert_allclose(waves[1, 3], expected, atol=1e-5)
+    assert waves[0, 0] @ waves[0, 1] > waves[0, 0] @ waves[3, 3]
 
 
 def shuffled(tokens, seed=0):
@@ -163,7 +175,7 @@ def test_gradient_attack_nears_the_image(policy):
     truth = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4), size=32)
     half = torch.full((3,), 0.5)
     rebuilt, curve = invert(model, policy, truth, lambda tokens: Defence("clean").receive(tokens), mean=half, std=half,
-                            steps=60, lr=0.3, tv_weight=0.01)  # fmt: skip
+                            steps=100, lr=0.3, tv_weight=1.0)  # fmt: skip
     assert curve.loss.iloc[-1] < 0.2 * curve.loss.iloc[0]
-    assert (rebuilt - truth).square().mean() < 0.5 * (0.5 - truth).square().mean()
+    assert (rebuilt - truth).square().mean() < 0.7 * (0.5 - truth).square().mean()
     assert all(not parameter.requires_grad for parameter in model.parameters())

@@ -10,6 +10,7 @@
 The trained ones share a trunk: a canvas of one vector per patch, convolutions, and pixels.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,6 +36,15 @@ SIZE_LEVELS = 12
 CHECKS = 10
 
 
+def grid_waves(side: int, width: int) -> Tensor:
+    """(side * side, width) sines and cosines of each cell's place in a square: near cells have like rows."""
+    at = (torch.arange(side) + 0.5) / side
+    waves = math.pi * at[:, None] * 2.0 ** torch.linspace(0, 3, width // 4)
+    waves = torch.cat([waves.sin(), waves.cos()], dim=1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
 class Look(nn.Module):
     """Queries look at tokens, then at each other: pre-norm cross-attention, self-attention, MLP."""
 
@@ -42,6 +52,9 @@ class Look(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.across = nn.MultiheadAttention(width, heads, batch_first=True)
+        # From the start a query looks for tokens whose place is like its own.
+        with torch.no_grad():
+            self.across.in_proj_weight[: 2 * width] = 2 * torch.eye(width).repeat(2, 1)
         self.within = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
@@ -85,10 +98,11 @@ class Attacker(nn.Module):
         self.embed = nn.Linear(dim, width)
         if kind != "grid":
             # Places in the grid where they are known, in the sequence where they are not.
-            self.place = nn.Parameter(0.1 * torch.randn(n_tokens, width))
+            self.place = nn.Parameter(torch.cat([torch.zeros(prefix, width), grid_waves(side, width)]))
             self.size = nn.Embedding(SIZE_LEVELS, width)
+            nn.init.zeros_(self.size.weight)
             self.coarse = -(-side // 2)
-            self.queries = nn.Parameter(0.1 * torch.randn(self.coarse**2, width))
+            self.queries = nn.Parameter(grid_waves(self.coarse, width))
             self.looks = nn.ModuleList(Look(width, 4) for _ in range(2))
             self.spread = nn.Conv2d(width, 4 * width, 1)
         if kind != "sequence":
