@@ -36,7 +36,10 @@ def attention(attn, x, sizes):
 
 
 def best_matches(keys, protected):
-    """{a: (similarity, b)} for the unprotected tokens, alternating between A and B."""
+    """{a: (similarity, b)} for the unprotected tokens, alternating between A and B.
+
+    keys: (H, N, d), matched by their mean over heads; the tokens themselves are one head.
+    """
     metric = keys.mean(0)
     free = list(range(protected, metric.shape[0]))
     set_a, set_b = free[0::2], free[1::2]
@@ -69,7 +72,7 @@ def embed(model, image):
     return model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
 
 
-def run(model, image, choose):
+def run(model, image, choose, feature="tokens"):
     """One image (C, H, W) through a timm ViT with merging.
 
     Returns logits, token counts entering each block and after the last, sizes, and each token's set of originals.
@@ -79,7 +82,7 @@ def run(model, image, choose):
     for layer, block in enumerate(model.blocks):
         out, keys = attention(block.attn, block.norm1(x), sizes)
         x = x + block.ls1(out)
-        pairs = best_matches(keys, model.num_prefix_tokens)
+        pairs = best_matches(x[None] if feature == "tokens" else keys, model.num_prefix_tokens)
         chosen = choose(layer, pairs)
         tokens, sizes, groups = merge_tokens(list(x), sizes, groups, pairs, chosen)
         x = torch.stack(tokens)
@@ -101,7 +104,7 @@ def run(model, image, choose):
     return logits, counts, sizes, groups
 
 
-def run_tower(tower, image, choose, layer, skip):
+def run_tower(tower, image, choose, layer, skip, feature="tokens"):
     """One image through the tower, token by token: features, token counts, sizes and each token's patches."""
     x = tower.embeddings(image[None])
     x = (tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x)[0]
@@ -117,7 +120,7 @@ def run_tower(tower, image, choose, layer, skip):
             heads.append(weights @ v)
             keys.append(k)
         x = x + attn.out_proj(torch.cat(heads, dim=1))
-        pairs = best_matches(torch.stack(keys), first)
+        pairs = best_matches(x[None] if feature == "tokens" else torch.stack(keys), first)
         tokens, sizes, groups = merge_tokens(list(x), sizes, groups, pairs, choose(index, pairs))
         x = torch.stack(tokens)
         x = x + block.mlp(block.layer_norm2(x))

@@ -48,7 +48,7 @@ def test_merging_equals_the_plain_implementation(kind, skip, policy, images):
     if policy == "threshold":
         assert len(set(features.lengths.tolist())) > 1, "images must keep different token counts"
     for i, image in enumerate(images):
-        expected, counts, sizes, groups = reference.run_tower(tower, image, choose, 4, merged.skip)
+        expected, counts, sizes, groups = reference.run_tower(tower, image, choose, 4, merged.skip, chosen.feature)
         assert record.tokens[i].tolist() == counts
         torch.testing.assert_close(features.split()[i], expected, atol=1e-6, rtol=1e-6)
         assert features.sizes.split(features.layout.counts)[i].tolist() == sizes
@@ -89,9 +89,14 @@ def test_merging_overhead_is_counted(images):
     tower = tiny.tower()
     unmerged, merged = (clip.patch(tower, policy)(images)[1].macs[0].item() for policy in (None, TopR(0)))
     assert merged == unmerged, "a layer where nothing can merge costs nothing more"
-    observed = clip.patch(tower, policies.Observe())(images)[1].macs[0].item()
+    tokens, keys = (
+        clip.patch(tower, policies.Observe(feature))(images)[1].macs[0].item() - unmerged
+        for feature in ("tokens", "keys")
+    )
     # Per layer: 32 x 32 similarities of width 16; head mean and normalisation of 65 features.
-    assert observed - unmerged == 4 * (32 * 32 * 16 + 65 * (48 + 2 * 16))
+    assert keys == 4 * (32 * 32 * 16 + 65 * (48 + 2 * 16))
+    # The tokens themselves are 48 wide and have no heads.
+    assert tokens == 4 * (32 * 32 * 48 + 65 * 2 * 48)
 
 
 @KINDS

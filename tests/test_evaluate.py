@@ -30,10 +30,14 @@ def test_calibration_is_the_similarity_of_the_unmerged_model(model, batch):
     found = evaluate.calibrate(model, evaluate.split_batch(batch, 2)).quantiles
     assert found.shape == (len(model.blocks), 1001)
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(batch.images)))
-    keys = model.blocks[0].attn.qkv(model.blocks[0].norm1(tokens)).view(5, -1, 3, model.blocks[0].attn.num_heads, 16)
-    metric = torch.nn.functional.normalize(keys[:, 1:, 1].mean(2), dim=-1)
-    best = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).amax(2).double()
-    np.testing.assert_allclose(found[0], np.quantile(best.detach(), np.linspace(0, 1, 1001)), atol=1e-6)
+    block = model.blocks[0]
+    keys = block.attn.qkv(block.norm1(tokens)).view(5, -1, 3, block.attn.num_heads, 16)[:, 1:, 1].mean(2)
+    attended = (tokens + block.attn(block.norm1(tokens)))[:, 1:]
+    for feature, values in (("tokens", attended), ("keys", keys)):
+        found = evaluate.calibrate(model, evaluate.split_batch(batch, 2), feature).quantiles
+        metric = torch.nn.functional.normalize(values, dim=-1)
+        best = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).amax(2).double()
+        np.testing.assert_allclose(found[0], np.quantile(best.detach(), np.linspace(0, 1, 1001)), atol=1e-6)
 
 
 def test_frame_and_summary_by_hand():

@@ -42,7 +42,7 @@ def test_policy_file_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "version 2, this package reads version 1"),
+        (lambda c: c.update(version=3), "version 3, this package reads version 2"),
         (lambda c: c.update(points=[]), "points must be a non-empty list"),
         (lambda c: c.update(points={"a": 1}), "points must be a non-empty list"),
         (lambda c: c["points"].append(3), r"points\[4\]\.thresholds must be"),
@@ -52,6 +52,7 @@ def test_policy_file_round_trip(tmp_path):
         (lambda c: c["points"][0].update(thresholds=[0.9]), "same number of thresholds"),
         (lambda c: c.pop("unmerged_top1"), "unmerged_top1 is None"),
         (lambda c: c.update(model=3), "model is 3, not a string"),
+        (lambda c: c.update(feature="values"), "feature is 'values', not one of tokens, keys"),
     ],
 )
 def test_a_bad_policy_file_is_named(tmp_path, change, message):

@@ -107,7 +107,8 @@ def test_load_takes_search_images_only(tmp_path):
     store.save_json({"params": params}, tmp_path / "inputs.json")
     loaded = objective.load(str(tmp_path), n_images=8)
     assert loaded.images.ids == list(search.ids[:8])
-    with pytest.raises(ValueError, match="n_images is 41, but the search split has 40 images"):
-        objective.load(str(tmp_path), n_images=41)
+    assert objective.load(str(tmp_path), n_images=4, skip=36).images.ids == list(search.ids[36:40])
+    with pytest.raises(ValueError, match="5 images after the first 36 are asked for: the search split has 40"):
+        objective.load(str(tmp_path), n_images=5, skip=36)
     with pytest.raises(FileNotFoundError, match="10_inputs"):
         objective.load(str(tmp_path / "nowhere"), n_images=8)

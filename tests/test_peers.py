@@ -45,8 +45,11 @@ def combine(tokens, sizes, groups, pairs, dropped=(), weights=None, keep_norm=Fa
     )
 
 
-def run(model, image, decide):
-    """One image through the model; ``decide(layer, keys, attention, sizes)`` gives `combine`'s further arguments."""
+def run(model, image, decide, feature):
+    """One image through the model; ``decide(layer, heads, attention, sizes)`` gives `combine`'s further arguments.
+
+    What is matched: the keys of each head, or the tokens as the only head.
+    """
     x = reference.embed(model, image)
     sizes, groups, counts = [1.0] * len(x), [{i} for i in range(len(x))], [len(x)]
     for layer, block in enumerate(model.blocks):
@@ -54,7 +57,8 @@ def run(model, image, decide):
         out, keys = reference.attention(block.attn, normed, sizes)
         attention = class_attention(block.attn, normed, sizes)
         x = x + out
-        x, sizes, groups = combine(x, sizes, groups, **decide(layer, keys, attention, sizes))
+        heads = x[None] if feature == "tokens" else keys
+        x, sizes, groups = combine(x, sizes, groups, **decide(layer, heads, attention, sizes))
         x = x + block.mlp(block.norm2(x))
         counts.append(len(x))
     return model.forward_head(model.norm(x)[None])[0], counts, groups
@@ -145,7 +149,7 @@ def test_equals_its_definition(images, policy, decide):
     model, images = build().double(), images[:3].double()
     logits, record = tokmerge.patch(model, policy)(images, source=True)
     for i, image in enumerate(images):
-        expected, counts, groups = run(model, image, decide)
+        expected, counts, groups = run(model, image, decide, policy.feature)
         assert record.tokens[i].tolist() == counts
         assert min(counts) < 65
         torch.testing.assert_close(logits[i], expected, atol=1e-6, rtol=1e-6)

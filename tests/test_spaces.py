@@ -61,5 +61,6 @@ def test_bad_spaces_are_named(arguments, message):
 
 
 def test_rows_say_what_was_evaluated():
-    assert Configuration(TopR((2, 1))).row() == {"policy": "TopR", "r": (2, 1), "precision": "float16"}
+    row = {"policy": "TopR", "r": (2, 1), "feature": "keys", "precision": "float16"}
+    assert Configuration(TopR((2, 1))).row() == row
     assert Configuration(None, "int8").row() == {"policy": "None", "precision": "int8"}

@@ -23,7 +23,7 @@ def check_against_reference(model, images, policy, choose):
     model, images = model.double(), images.double()
     logits, record = tokmerge.patch(model, policy)(images, source=True)
     for i, image in enumerate(images):
-        expected, counts, sizes, groups = reference.run(model, image, choose)
+        expected, counts, sizes, groups = reference.run(model, image, choose, policy.feature)
         assert record.tokens[i].tolist() == counts
         torch.testing.assert_close(logits[i], expected, atol=1e-5, rtol=1e-5)
         found = [set() for _ in sizes]
@@ -56,6 +56,15 @@ def test_threshold_equals_the_plain_implementation(any_model, images):
 def test_fixed_r_equals_the_plain_implementation(any_model, images):
     r = [9, 0, 6, 40]
     check_against_reference(any_model, images, tokmerge.TopR(r), reference.top_r_choice(r))
+
+
+def test_either_policy_matches_either_feature(model, images):
+    thresholds = spread_thresholds(model, images)
+    for policy, choose in (
+        (tokmerge.Threshold(thresholds, "keys"), reference.threshold_choice(thresholds)),
+        (tokmerge.TopR(6, "tokens"), reference.top_r_choice([6] * 4)),
+    ):
+        check_against_reference(model, images, policy, choose)
 
 
 def test_gated_attention_and_odd_token_counts(model, images):
@@ -215,6 +224,8 @@ def test_bad_input_is_named(model, images):
         tokmerge.patch(model, tokmerge.Threshold([0.9] * 11))
     with pytest.raises(ValueError, match="3 r values for a model of 4 blocks"):
         tokmerge.patch(model, tokmerge.TopR([1, 2, 3]))
+    with pytest.raises(ValueError, match="TopR: unknown feature 'value': use one of tokens, keys"):
+        tokmerge.TopR(3, "value")
     with pytest.raises(TypeError, match="Linear"):
         tokmerge.patch(torch.nn.Linear(2, 2), None)
     with pytest.raises(TypeError, match="policy is a float"):

@@ -82,44 +82,38 @@ class ViTCost:
             protected=model.num_prefix_tokens,
         )
 
-    def blocks(self, tokens: Tensor, policy: Policy | None = None, first: int = 0) -> Tensor:
-        """MACs of each of n blocks.
+    def blocks(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
+        """MACs of each block.
 
         Args:
-            tokens: (B, n + 1) int64, tokens entering each block and after the last.
+            tokens: (B, L + 1) int64, tokens entering each block and after the last.
             policy: what merged them; None for no merging.
-            first: which block of the model the first one is.
 
         Returns:
-            (B, n) int64, merging overhead included.
+            (B, L) int64, merging overhead included.
         """
         before, after = tokens[:, :-1], tokens[:, 1:]
-        layers = range(first, first + before.shape[1])
-        linear = tokens.new_tensor(self.attn_linear[first : layers.stop])
-        mlp = tokens.new_tensor(self.mlp_linear[first : layers.stop])
+        linear = tokens.new_tensor(self.attn_linear)
+        mlp = tokens.new_tensor(self.mlp_linear)
         macs = before * linear + 2 * before * before * self.attn_dim + after * mlp
         if policy is None:
             return macs
-        active = torch.tensor([policy.active(layer) for layer in layers], device=macs.device)
-        # Head mean and normalisation of the metric; size-weighted sum and division of the residual stream.
-        metric = before * (self.attn_dim + 2 * self.head_dim)
+        active = torch.tensor([policy.active(layer) for layer in range(macs.shape[1])], device=macs.device)
+        # The metric's normalisation, for keys after their mean over heads; the weighted sum and division of tokens.
+        whole = policy.feature == "tokens"
+        width = self.embed_dim if whole else self.head_dim
+        metric = before * (2 * width if whole else 2 * width + self.attn_dim)
         average = (before != after) * (before + after) * self.embed_dim
-        match = policy.match_macs(before - self.protected, self.head_dim)
+        match = policy.match_macs(before - self.protected, width)
         return macs + active * (match + metric + average)
 
-    def edge(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
-        """MACs of patch embedding and the first n blocks: (B, n + 1) tokens -> (B,) int64."""
-        return self.embed + self.blocks(tokens, policy).sum(1)
-
-    def server(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
-        """MACs of the last n blocks, pooling and head: (B, n + 1) tokens -> (B,) int64."""
-        pooled = (tokens[:, -1] - self.protected) * self.pool_per_token
-        first = len(self.mlp_linear) - (tokens.shape[1] - 1)
-        return self.blocks(tokens, policy, first).sum(1) + pooled + self.head
+    def pooling(self, tokens: Tensor) -> Tensor:
+        """MACs of what follows the blocks: (B, L + 1) tokens -> (B,) int64."""
+        return (tokens[:, -1] - self.protected) * self.pool_per_token + self.head
 
     def total(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
         """MACs of each image, patch embedding and head included: (B, L + 1) -> (B,) int64."""
-        return self.edge(tokens, policy) + self.server(tokens[:, -1:], policy)
+        return self.embed + self.blocks(tokens, policy).sum(1) + self.pooling(tokens)
 
 
 @dataclass(frozen=True)

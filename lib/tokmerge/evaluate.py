@@ -89,9 +89,9 @@ def run(
     return Outcome(ids, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch]) -> Calibration:
-    """Each layer's distribution of best-match similarity in the unmerged model."""
-    observer = Observe()
+def calibrate(model: nn.Module, batches: Iterable[Batch], feature: str = "tokens") -> Calibration:
+    """Each layer's distribution of best-match similarity in the unmerged model, measured on a feature."""
+    observer = Observe(feature)
     run(patch(model, observer), batches)
     return observer.calibration()
 

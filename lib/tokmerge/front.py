@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 
 from tokmerge import store
+from tokmerge.merge import FEATURES
 from tokmerge.policies import Threshold
 
-FRONT_VERSION = 1
+FRONT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Front:
         dataset: data they were measured on, split included.
         unmerged_top1: the model's accuracy on that data without merging.
         points: the operating points.
+        feature: what the thresholds are compared with, one of `tokmerge.merge.FEATURES`.
     """
 
     model: str
     dataset: str
     unmerged_top1: float
     points: tuple[Point, ...]
+    feature: str = "tokens"
 
     def pick(
         self, max_drop: float | None = None, max_macs: float | None = None, max_bytes: float | None = None
@@ -67,7 +70,7 @@ class Front:
 
         >>> front = Front("vit", "toy", 0.9, (Point((0.9,), 0.89, 0.5, 0.2), Point((0.8,), 0.7, 0.2, 0.1)))
         >>> front.pick(max_drop=0.02)
-        Threshold(thresholds=(0.9,))
+        Threshold(thresholds=(0.9,), feature='tokens')
         """
         fitting = [
             point
@@ -89,7 +92,7 @@ class Front:
             best = min(fitting, key=lambda point: (-point.top1, point.macs_ratio, point.bytes_ratio))
         else:
             best = min(fitting, key=lambda point: (point.macs_ratio, point.bytes_ratio, -point.top1))
-        return Threshold(best.thresholds)
+        return Threshold(best.thresholds, self.feature)
 
 
 def build(table: pd.DataFrame, model: str, dataset: str, unmerged_top1: float) -> Front:
@@ -97,7 +100,7 @@ def build(table: pd.DataFrame, model: str, dataset: str, unmerged_top1: float) -
 
     >>> row = {"thresholds": [0.9, 0.8], "top1": 0.9, "macs_ratio": 0.3, "bytes_ratio": 0.1}
     >>> build(pd.DataFrame([row]), "vit", "toy", 0.91).pick(max_drop=0.02)
-    Threshold(thresholds=(0.9, 0.8))
+    Threshold(thresholds=(0.9, 0.8), feature='tokens')
     """
     points = [
         Point(
@@ -152,4 +155,7 @@ def load_front(path: str | Path) -> Front:
     for key in ("model", "dataset"):
         if not isinstance(content.get(key), str):
             raise ValueError(f"{path}: {key} is {content.get(key)!r}, not a string")
-    return Front(content["model"], content["dataset"], number(content, "unmerged_top1", ""), tuple(points))
+    if content.get("feature") not in FEATURES:
+        raise ValueError(f"{path}: feature is {content.get('feature')!r}, not one of {', '.join(FEATURES)}")
+    unmerged_top1 = number(content, "unmerged_top1", "")
+    return Front(content["model"], content["dataset"], unmerged_top1, tuple(points), content["feature"])

@@ -18,6 +18,8 @@ from tokmerge.packed import Layout, Packed
 if TYPE_CHECKING:
     from tokmerge.policies import Policy
 
+FEATURES = ("tokens", "keys")
+
 
 class Merges(NamedTuple):
     """M merges of a batch: row ``src[i]`` disappears into row ``dst[i]``.
@@ -66,7 +68,7 @@ class Context:
         layer: block index l, from 0.
         depth: number of blocks L.
         protected: leading tokens that never merge (CLS, registers, distillation).
-        metric: (T, d) matching features, unit length: mean over heads of the keys.
+        metric: (T, d) matching features of unit length (see `features`).
         sizes: (T,) patches each token stands for; None for all ones.
         layout: which rows belong to which image.
         qkv: (T, 3, H, d) queries, keys and values of the layer; None where there are none.
@@ -102,10 +104,20 @@ class Context:
         return padded.softmax(1).mean(-1)[layout.valid]
 
 
-def features(keys: Tensor) -> Tensor:
-    """Matching features: the unit-length mean over heads of the keys, (T, H, d) -> (T, d)."""
+def features(kind: str, x: Tensor, keys: Tensor) -> Tensor:
+    """Matching features: what two tokens must be alike in to merge.
+
+    Args:
+        kind: one of `FEATURES`. ``"tokens"``: the tokens themselves, which is what merging averages. ``"keys"``: their
+            keys' mean over heads, as ToMe has it.
+        x: (T, D) residual stream after attention.
+        keys: (T, H, d).
+
+    Returns:
+        (T, D) or (T, d), of unit length.
+    """
     # The mean over heads, up to its length, which normalising removes.
-    return F.normalize(reduce(torch.add, keys.unbind(1)), dim=-1)
+    return F.normalize(x if kind == "tokens" else reduce(torch.add, keys.unbind(1)), dim=-1)
 
 
 def match(context: Context) -> Matches:
@@ -139,7 +151,7 @@ def step(tokens: Packed, policy: "Policy | None", *, layer: int, depth: int, pro
         layer=layer,
         depth=depth,
         protected=protected,
-        metric=features(qkv[:, 1]),
+        metric=features(policy.feature, tokens.x, qkv[:, 1]),
         sizes=tokens.sizes,
         layout=tokens.layout,
         qkv=qkv,

@@ -111,10 +111,16 @@ def _standard_error(values: Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item()
 
 
-def load(inputs_dir: str, n_images: int, batch_size: int = 32) -> Objective:
-    """The objective on the first images of the search split that notebook 10_inputs settled on.
+def load(inputs_dir: str, n_images: int, batch_size: int = 32, skip: int = 0) -> Objective:
+    """The objective on images of the search split that notebook 10_inputs settled on.
 
     Workers call this in their own process, so all arguments are plain.
+
+    Args:
+        inputs_dir: results of 10_inputs.
+        n_images: how many images, in the split's order.
+        batch_size: images per forward pass.
+        skip: images left out before the first.
 
     Raises:
         FileNotFoundError: 10_inputs has not been run.
@@ -124,6 +130,7 @@ def load(inputs_dir: str, n_images: int, batch_size: int = 32) -> Objective:
     splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, search, _ = models.reload(inputs, splits, device)
-    if n_images > len(search):
-        raise ValueError(f"n_images is {n_images}, but the search split has {len(search)} images")
-    return Objective(model, data.tensors(data.subset(search, range(n_images)), models.transform(model)), batch_size)
+    last = skip + n_images
+    if last > len(search):
+        raise ValueError(f"{n_images} images after the first {skip} are asked for: the search split has {len(search)}")
+    return Objective(model, data.tensors(data.subset(search, range(skip, last)), models.transform(model)), batch_size)

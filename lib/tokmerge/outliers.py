@@ -6,6 +6,7 @@ one most like it, by its key. It works in the last layer that is run, before tha
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class OutlierMerging:
         spread: how far out an outlier is; 1.5 is the usual rule, less keeps more.
     """
 
+    feature: ClassVar[str] = "keys"
     layer: int
     spread: float = 1.5
 

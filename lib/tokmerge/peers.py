@@ -8,6 +8,7 @@ Scores that a method takes from attention cost nothing extra: the products are p
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class CappedThreshold:
         caps: most tokens an image may lose at every block, or one number per block.
     """
 
+    feature: ClassVar[str] = "tokens"
     thresholds: float | Sequence[float]
     caps: int | Sequence[int]
 
@@ -78,6 +80,7 @@ class RelativeThreshold:
         z: for every block, or one per block; infinity switches a block off.
     """
 
+    feature: ClassVar[str] = "tokens"
     z: float | Sequence[float]
 
     def __post_init__(self) -> None:
@@ -183,6 +186,7 @@ class StaticRates:
         merge: tokens merged at every block, or one number per block. One token always stays.
     """
 
+    feature: ClassVar[str] = "keys"
     prune: int | Sequence[int]
     merge: int | Sequence[int]
 

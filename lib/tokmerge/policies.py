@@ -1,7 +1,8 @@
 """Merge policies: which tokens merge into which, at each layer.
 
-A policy is a small frozen object with four methods; attention, averaging, packing and cost are shared:
+A policy is a small frozen object with an attribute and four methods; attention, averaging, packing and cost are shared:
 
+    feature                 what similarity is measured on, one of `tokmerge.merge.FEATURES`
     check(depth)            raise if it does not fit a model of that depth
     active(layer)           False: the layer is left exactly as it is
     select(context)         the merges of this layer, for the whole batch
@@ -12,19 +13,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokmerge.merge import Context, Matches, Merges, match
+from tokmerge.merge import FEATURES, Context, Matches, Merges, match
 
 
 @runtime_checkable
 class Policy(Protocol):
     """What the engine asks of a policy."""
+
+    @property
+    def feature(self) -> str:
+        """What similarity is measured on, one of `tokmerge.merge.FEATURES`."""
+        ...
 
     def check(self, depth: int) -> None:
         """Raise ValueError if the policy does not fit ``depth`` blocks."""
@@ -65,6 +71,12 @@ def check_length(kind: str, name: str, values: object, depth: int) -> None:
         raise ValueError(f"{kind}: {len(values)} {name} for a model of {depth} blocks: give one per block")
 
 
+def check_feature(kind: str, feature: str) -> None:
+    """Raise ValueError if there is no such matching feature."""
+    if feature not in FEATURES:
+        raise ValueError(f"{kind}: unknown feature {feature!r}: use one of {', '.join(FEATURES)}")
+
+
 def at(values: object, layer: int) -> float:
     """The value of one layer."""
     return values[layer] if isinstance(values, tuple) else values  # type: ignore[return-value]
@@ -84,18 +96,22 @@ class Threshold:
 
     Args:
         thresholds: one cosine threshold for every block, or a sequence with one per block.
+        feature: what similarity is measured on: ``"tokens"`` or ``"keys"``.
 
     Raises:
         TypeError: a threshold is not a number.
+        ValueError: there is no such feature.
 
     >>> Threshold([0.9, 1.0]).active(1)
     False
     """
 
     thresholds: float | Sequence[float]
+    feature: str = "tokens"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", per_layer("Threshold", "thresholds", self.thresholds, Real))
+        check_feature("Threshold", self.feature)
 
     def check(self, depth: int) -> None:
         check_length("Threshold", "thresholds", self.thresholds, depth)
@@ -116,6 +132,8 @@ class FixedR:
     """What policies that remove the same number of tokens from every image share: r, its checks, when it acts."""
 
     r: int | Sequence[int]
+    # Peers match keys, as their papers say.
+    feature: ClassVar[str] = "keys"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", per_layer(type(self).__name__, "r", self.r, Integral))
@@ -134,10 +152,17 @@ class TopR(FixedR):
     Args:
         r: tokens removed at every block, or a sequence with one number per block. Where fewer than r
             tokens can merge, all that can do.
+        feature: what similarity is measured on; the method's own is the keys.
 
     >>> TopR([8, 0]).active(1)
     False
     """
+
+    feature: str = "keys"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_feature(type(self).__name__, self.feature)
 
     def select(self, context: Context) -> Merges:
         matches = match(context)
@@ -214,9 +239,11 @@ class Observe:
     """Merges nothing; keeps every best-match similarity it sees, for calibration.
 
     Attributes:
+        feature: what similarity is measured on.
         seen: per layer, the (M,) similarities of each batch.
     """
 
+    feature: str = "tokens"
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def check(self, depth: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tokmerge import evaluate
 from tokmerge.data import Batch
 from tokmerge.merge import Context, Merges, match
+from tokmerge.peers import AdaMerge
 from tokmerge.policies import Observe, Policy, Threshold, bipartite_macs, check_length, moments
 from tokmerge.vit import patch
 
@@ -18,6 +19,7 @@ class _Watched:
     """A policy, or None for nothing, that keeps every image's mean best-match similarity at each layer."""
 
     policy: Policy | None
+    feature: str
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def check(self, depth: int) -> None:
@@ -49,7 +51,7 @@ def similarity_statistics(
         policy: what merges meanwhile. Merging leaves tokens that are less alike: against statistics of the unmerged
             model every image looks poor in the later blocks. None: nothing.
     """
-    watched = _Watched(policy)
+    watched = _Watched(policy, AdaMerge.feature)
     evaluate.run(patch(model, watched), batches)
     layers = [torch.cat(watched.seen[layer]) for layer in sorted(watched.seen)]
     return tuple(part.mean().item() for part in layers), tuple(part.std().item() for part in layers)
@@ -62,6 +64,10 @@ class _Upto:
     before: Policy
     here: Policy
     layer: int
+
+    @property
+    def feature(self) -> str:
+        return self.before.feature
 
     def check(self, depth: int) -> None:
         self.before.check(depth)
@@ -76,7 +82,9 @@ class _Upto:
         return self.before.match_macs(n, d)
 
 
-def thresholds_for_rates(model: nn.Module, batches: Sequence[Batch], rates: Sequence[float]) -> Threshold:
+def thresholds_for_rates(
+    model: nn.Module, batches: Sequence[Batch], rates: Sequence[float], feature: str = "keys"
+) -> Threshold:
     """Thresholds under which every block loses a given number of tokens on average (DyMU, Wang et al., 2504.17040).
 
     Block by block, each one observed while those before it merge.
@@ -85,6 +93,7 @@ def thresholds_for_rates(model: nn.Module, batches: Sequence[Batch], rates: Sequ
         model: timm VisionTransformer.
         batches: calibration images; they are run once per block.
         rates: mean number of tokens to lose, one per block.
+        feature: what similarity is measured on; the method's own is the keys.
 
     Raises:
         ValueError: not one rate per block.
@@ -97,9 +106,9 @@ def thresholds_for_rates(model: nn.Module, batches: Sequence[Batch], rates: Sequ
         count = round(rate * n_images)
         if count == 0:
             continue
-        observer = Observe()
-        evaluate.run(patch(model, _Upto(Threshold(thresholds), observer, layer)), batches)
+        observer = Observe(feature)
+        evaluate.run(patch(model, _Upto(Threshold(thresholds, feature), observer, layer)), batches)
         seen = torch.cat(observer.seen[layer]).sort(descending=True).values
         # Just those above the next one merge; all of them where there are not more.
         thresholds[layer] = seen[count].item() if count < len(seen) else -1.0
-    return Threshold(thresholds)
+    return Threshold(thresholds, feature)

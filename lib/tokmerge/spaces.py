@@ -51,7 +51,7 @@ class Space:
 
     >>> space = threshold_space("cosine", depth=3, knots=2)
     >>> space.configuration({"tau_00": 1.0, "tau_01": 0.5}).policy
-    Threshold(thresholds=(1.0, 0.75, 0.5))
+    Threshold(thresholds=(1.0, 0.75, 0.5), feature='tokens')
     """
 
     depth: int
@@ -119,7 +119,9 @@ class Space:
         ]
 
 
-def threshold_space(kind: str, depth: int, calibration: Calibration | None = None, knots: int | None = None) -> Space:
+def threshold_space(
+    kind: str, depth: int, calibration: Calibration | None = None, knots: int | None = None, feature: str = "tokens"
+) -> Space:
     """The thresholds of all blocks.
 
     Args:
@@ -127,13 +129,16 @@ def threshold_space(kind: str, depth: int, calibration: Calibration | None = Non
         depth: number of blocks.
         calibration: maps shares to thresholds; needed by ``"calibrated"``.
         knots: as in `Space`.
+        feature: what the thresholds are compared with; the calibration is of the same.
 
     Raises:
         ValueError: unknown kind, or a missing or unfitting calibration.
     """
     if kind == "cosine":
-        bounds, settled = {"tau": (LOWEST_COSINE, 1.0)}, {"calibration": None}
-        return Space(depth, bounds, lambda tau: Configuration(Threshold(tau)), knots, rising=False, settled=settled)
+        bounds, settled = {"tau": (LOWEST_COSINE, 1.0)}, {"calibration": None, "feature": feature}
+        return Space(
+            depth, bounds, lambda tau: Configuration(Threshold(tau, feature)), knots, rising=False, settled=settled
+        )
     if kind != "calibrated":
         raise ValueError(f"unknown search space {kind!r}: use one of {', '.join(KINDS)}")
     if calibration is None or len(calibration.quantiles) != depth:
@@ -142,7 +147,7 @@ def threshold_space(kind: str, depth: int, calibration: Calibration | None = Non
     return Space(
         depth,
         {"u": (0.0, 1.0)},
-        lambda u: Configuration(Threshold(calibration.thresholds(u))),
+        lambda u: Configuration(Threshold(calibration.thresholds(u), feature)),
         knots,
-        settled={"calibration": means},
+        settled={"calibration": means, "feature": feature},
     )

@@ -126,11 +126,17 @@ class MergedViT(nn.Module):
         sent, before = self._edge(images, source)
         received = sent if through is None else through(sent)
         tokens, after = self._server(received)
-        cost, policy = self.cost(tuple(images.shape[1:])), self.policy
-        edge_macs = cost.edge(torch.stack([*before, sent.lengths], dim=1), policy)
+        cost, policy, split = self.cost(tuple(images.shape[1:])), self.policy, self.split_layer
+        counts = torch.stack(before + after, dim=1)
+        blocks = cost.blocks(counts, policy)
+        if received is not sent:
+            # What got lost was computed all the same.
+            counts_sent = torch.stack([*before, sent.lengths, *after[1:]], dim=1)
+            blocks = torch.cat([cost.blocks(counts_sent, policy)[:, :split], blocks[:, split:]], dim=1)
+        edge_macs = cost.embed + blocks[:, :split].sum(1)
         record = Record(
-            tokens=torch.stack(before + after, dim=1),
-            macs=edge_macs + cost.server(torch.stack(after, dim=1), policy),
+            tokens=counts,
+            macs=edge_macs + blocks[:, split:].sum(1) + cost.pooling(counts),
             payload_bytes=wire.payload_bytes(sent.lengths, self.model.embed_dim, self.precision, self.sent_sizes(sent)),
             edge_macs=edge_macs,
             source=tokens.source,
