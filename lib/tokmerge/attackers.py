@@ -1,18 +1,16 @@
-"""Attackers that rebuild images from intercepted tokens: trained decoders, and optimisation through the encoder.
+"""Attackers that learn to rebuild images from intercepted tokens.
 
-| attacker | it uses                                                                          |
-|----------|----------------------------------------------------------------------------------|
-| sequence | the tokens in their order and their sizes; learned queries attend to them        |
-| grid     | tokens copied back to the patches they stand for; convolutions                   |
-| map      | both: queries attend to tokens whose places are known, and the grid; strongest   |
-| gradient | the encoder's weights and every one of its merging decisions; nothing is learned |
+| attacker | it uses                                                                        |
+|----------|--------------------------------------------------------------------------------|
+| sequence | the tokens in their order and their sizes; learned queries attend to them      |
+| grid     | tokens copied back to the patches they stand for; convolutions                 |
+| map      | both: queries attend to tokens whose places are known, and the grid; strongest |
 
-The trained ones share a trunk: a canvas of one vector per patch, convolutions, and pixels.
+They share a trunk: a canvas of one vector per patch, convolutions, and pixels.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -21,11 +19,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from tokmerge.merge import Context, Merges
 from tokmerge.packed import Packed
-from tokmerge.policies import Policy
 from tokmerge.privacy import pick, to
-from tokmerge.vit import patch
 
 KINDS = ("sequence", "grid", "map")
 # Of 1 - SSIM beside the squared error: about equal parts in a trained attacker.
@@ -242,84 +237,3 @@ def rebuild(
             for rows in torch.arange(len(tokens.lengths)).split(batch_size)
         ]
     return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The decisions another policy took on one batch: recorded in the first pass, repeated in all others.
-
-    Args:
-        policy: decides in the first pass.
-    """
-
-    policy: Policy
-    taken: dict[int, Merges] = field(default_factory=dict)
-
-    def check(self, depth: int) -> None:
-        self.policy.check(depth)
-
-    def active(self, layer: int) -> bool:
-        return self.policy.active(layer)
-
-    def select(self, context: Context) -> Merges:
-        if context.layer not in self.taken:
-            self.taken[context.layer] = self.policy.select(context)
-        return self.taken[context.layer]
-
-    def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return self.policy.match_macs(n, d)
-
-
-def invert(
-    model: nn.Module,
-    policy: Policy | None,
-    images: Tensor,
-    distort: Callable[[Packed], Packed],
-    *,
-    mean: Tensor,
-    std: Tensor,
-    steps: int,
-    lr: float,
-    tv_weight: float,
-    split_layer: int | None = None,
-    seed: int = 0,
-) -> tuple[Tensor, pd.DataFrame]:
-    """White-box attack: descend from noise to images whose tokens are the intercepted ones.
-
-    Merging decisions are those of the true images, given to the attacker and held fixed: more than it would have,
-    and an objective without jumps.
-
-    Args:
-        model: timm VisionTransformer.
-        policy: what merges; None for nothing.
-        images: (B, C, H, W) true images in [0, 1]; only their tokens and merging decisions are used.
-        distort: what happens to the tokens on the way.
-        mean, std: (C,) normalisation the model expects.
-        steps, lr: of Adam on the pixels' logits; the rate falls to zero.
-        tv_weight: of the total variation (mean absolute difference of neighbouring pixels).
-        split_layer: as in `tokmerge.patch`.
-        seed: of the start.
-
-    Returns:
-        (B, C, H, W) images in [0, 1], and the curve: step, loss.
-    """
-    merged = patch(model, None if policy is None else Replay(policy), split_layer=split_layer)
-    mean, std = (part.view(-1, 1, 1).to(images.device) for part in (mean, std))
-    with torch.no_grad():
-        target = distort(merged.edge((images - mean) / std)).x
-    scale = target.std(0).clamp_min(1e-6)
-    start = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    logits = (0.1 * start).to(images.device).requires_grad_()
-    optimiser = torch.optim.Adam([logits], lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    curve = []
-    for step in range(1, steps + 1):
-        guess = logits.sigmoid()
-        distance = ((merged.edge((guess - mean) / std).x - target) / scale).square().mean()
-        variation = guess.diff(dim=2).abs().mean() + guess.diff(dim=3).abs().mean()
-        (logits.grad,) = torch.autograd.grad(distance + tv_weight * variation, [logits])
-        optimiser.step()
-        schedule.step()
-        if step % max(1, steps // CHECKS) == 0:
-            curve.append({"step": step, "loss": distance.item()})
-    return logits.detach().sigmoid(), pd.DataFrame(curve)

@@ -89,7 +89,7 @@ class Setting:
 
     def heard(self, defence: Defence, split_layer: int | None = None) -> tuple[Packed, Packed]:
         """Tokens of the public and of the test images; those of the last policy are kept."""
-        key = (defence.method, defence.values, split_layer)
+        key = (defence.method, defence.values, defence.feature, split_layer)
         if key not in self._heard:
             self._heard.clear()
             hear = self.listen(defence, split_layer)

@@ -36,6 +36,7 @@ class Defence:
         values: the method's thresholds or token counts, one per block.
         precision: of the values that are sent, one of `tokmerge.wire.PRECISIONS`.
         snr_db: signal-to-noise ratio of Gaussian noise on the tokens, dB; None for a clean channel.
+        feature: what thresholds are compared with; the other methods know their own.
 
     Raises:
         ValueError: unknown method or precision.
@@ -46,6 +47,7 @@ class Defence:
     values: tuple[float, ...] = ()
     precision: str = "float16"
     snr_db: float | None = None
+    feature: str = "tokens"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -57,6 +59,8 @@ class Defence:
     @property
     def policy(self) -> Policy | None:
         """What merges."""
+        if self.method == "threshold":
+            return Threshold(self.values, self.feature)
         method = METHODS[self.method]
         return None if method is None else method(self.values)
 
@@ -102,7 +106,7 @@ def from_front(front: Front, max_drop: float, cost: str, name: str | None = None
     fitting = [point for point in front.points if front.unmerged_top1 - point.top1 <= max_drop + 1e-9]
     fitting = fitting or [max(front.points, key=lambda point: point.top1)]
     best = min(fitting, key=lambda point: (getattr(point, f"{cost}_ratio"), -point.top1))
-    return Defence(name or f"merged to {best.bytes_ratio:.1%}", "threshold", best.thresholds)
+    return Defence(name or f"merged to {best.bytes_ratio:.1%}", "threshold", best.thresholds, feature=front.feature)
 
 
 def decreasing(total: int, depth: int) -> tuple[int, ...]:
