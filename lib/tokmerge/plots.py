@@ -23,6 +23,7 @@ COLORS = {
     "ax schedule": "#56B4E9",
     "ax per block": "#332288",
     "ax rising start": "#F0E442",
+    "ax keys": "#117733",
     "ax cosine": "#999999",
     "ax kl": "#882255",
     "ax top-1": "#44AA99",
