@@ -51,7 +51,8 @@ def test_lost_tokens_are_those_of_their_own_question(few, asked):
     blind = thin(seen, torch.zeros(len(seen.tokens.x), dtype=torch.bool))
     assert blind.tokens.lengths.tolist() == [0]
     one = {name: prompts[name][1:2] for name in ("input_ids", "attention_mask")}
-    table = vqa.answer(asked.merged, few.processor, question[1:2], one, blind, 4)
+    new, record = asked.merged.generate(one["input_ids"], blind, one["attention_mask"], 4)
+    table = vqa.tabulate(few.processor, question[1:2], new, record)
     assert right[1] == int(table.accuracy[0] >= 0.5)
 
 

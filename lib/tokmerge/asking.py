@@ -73,7 +73,8 @@ class Asked:
                 keep = arrived[start : start + len(seen.tokens.x)]
                 start += len(keep)
                 left, most = thin(seen, keep), self.answering.max_new_tokens
-                table = vqa.answer(self.merged, self.answering.processor, asked, prompts, left, most)
+                new, record = self.merged.generate(prompts["input_ids"], left, prompts["attention_mask"], most)
+                table = vqa.tabulate(self.answering.processor, asked, new, record)
                 scores.append(torch.tensor(table.accuracy.to_numpy() >= 0.5))
             if len(self._told) >= 64:
                 self._told.clear()
@@ -95,13 +96,13 @@ def ask(answering: Answering, policy: Policy | None, precision: str, chunk_token
     """Look at the images of all questions once."""
     merged = llava.patch(answering.model, policy, precision=precision)
     looks, edge, total = [], [], []
-    for asked, pixels, picks, prompts in answering.batches:
+    for _, pixels, picks, prompts in answering.batches:
         seen = merged.see(pixels).pick(picks)
         seen = replace(seen, tokens=seen.tokens.with_x(wire.quantise(seen.tokens.x, precision)))
         looks.append(seen)
-        took = vqa.answer(merged, answering.processor, asked, prompts, seen, answering.max_new_tokens)
+        _, record = merged.generate(prompts["input_ids"], seen, prompts["attention_mask"], answering.max_new_tokens)
         edge.append(seen.vision_macs + (seen.projector_macs if merged.cut == "projector" else 0))
-        total.append(torch.tensor(took.macs.to_numpy()))
+        total.append(record.macs)
     return Asked(merged, answering, looks, chunk_tokens, torch.cat(edge), torch.cat(total))
 
 
