@@ -82,6 +82,12 @@ def test_stage_reads_and_writes_what_its_params_say(profile, name, stage):
     assert read <= set(stage["deps"])
 
 
+def test_make_help_names_every_command():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = set(re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE).group(1).split())
+    assert set(re.findall(r'@echo "make ([\w-]+) ', makefile)) == commands - {"help"}
+
+
 def test_both_pipelines_have_the_same_stages():
     names = {
         profile: [name for p, name, stage in STAGES if p == profile and not stage.get("frozen")]
@@ -139,7 +145,7 @@ def test_torch_and_torchvision_are_the_tried_pair():
 def test_tests_mirror_the_library():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert MODULES - {"__init__"} <= tests
-    assert tests - MODULES == {"params", "pipeline"}
+    assert tests - MODULES == {"params", "pipeline", "contributing"}
 
 
 def test_modules_stay_small():

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from tokmerge.families import STEEPEST, counts
 from tokmerge.language import Pruning
 from tokmerge.local import LocalThreshold
 from tokmerge.outliers import OutlierMerging
@@ -16,6 +15,9 @@ from tokmerge.peers import AttentionPruning, RandomPruning
 from tokmerge.policies import Calibration, PiToMe, Policy, Threshold, TopR
 from tokmerge.routes import Route
 from tokmerge.spaces import Space
+
+# Of an even spread over the depth: a schedule may remove this many times as much at one layer.
+STEEPEST = 3.0
 
 
 def spaces(
@@ -39,7 +41,7 @@ def spaces(
 
     def schedule(method: Callable[..., Policy]) -> Space:
         def build(r: Sequence[float]) -> Route:
-            return Route(method(counts(r)), **options)
+            return Route(method(tuple(round(value) for value in r)), **options)
 
         return Space(depth, {"r": (0.0, most)}, build, parameters, settled={"method": method.__name__, **options})
 

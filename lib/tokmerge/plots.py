@@ -98,22 +98,50 @@ def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray, sizes: dict[
         sizes: patches per group; counted from ``groups`` by default.
     """
     rows, columns = groups.shape
-    if sizes is None:
-        sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
     ax.imshow(image, extent=(0, columns, rows, 0), vmin=0, vmax=1, interpolation="nearest")
-    tint = np.zeros((rows, columns, 4))
-    # Groups are numbered in reading order; a large odd stride gives neighbours different hues.
-    hues = colormaps["hsv"](np.arange(groups.max() + 1) * 0.381966 % 1.0)
-    for group, size in sizes.items():
-        if size > 1:
-            tint[groups == group] = (*hues[group][:3], 0.42)
-    ax.imshow(tint, extent=(0, columns, rows, 0), interpolation="nearest")
+    ax.imshow(tints(groups, sizes), extent=(0, columns, rows, 0), interpolation="nearest")
     vertical = np.argwhere(groups[:, 1:] != groups[:, :-1])
     horizontal = np.argwhere(groups[1:] != groups[:-1])
     ax.vlines(vertical[:, 1] + 1, vertical[:, 0], vertical[:, 0] + 1, color="white", lw=0.6, rasterized=True)
     ax.hlines(horizontal[:, 0] + 1, horizontal[:, 1], horizontal[:, 1] + 1, color="white", lw=0.6, rasterized=True)
     ax.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
     ax.grid(False)
+
+
+def tints(groups: np.ndarray, sizes: dict[int, int] | None = None) -> np.ndarray:
+    """A colour on every group of several patches: (rows, columns) groups -> (rows, columns, 4) in [0, 1]."""
+    if sizes is None:
+        sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
+    tint = np.zeros((*groups.shape, 4))
+    # Groups are numbered in reading order; a large odd stride gives neighbours different hues.
+    hues = colormaps["hsv"](np.arange(groups.max() + 1) * 0.381966 % 1.0)
+    for group, size in sizes.items():
+        if size > 1:
+            tint[groups == group] = (*hues[group][:3], 0.42)
+    return tint
+
+
+def paint_merge_map(image: np.ndarray, groups: np.ndarray, cell: int = 16) -> np.ndarray:
+    """What `draw_merge_map` draws, as plain pixels: for pictures that must follow a hand, figures take too long.
+
+    Args:
+        image: (H, W), (H, W, 1) or (H, W, 3) in [0, 1].
+        groups: (rows, columns) group of each patch.
+        cell: pixels along the side of a patch.
+
+    Returns:
+        (rows * cell, columns * cell, 3) uint8.
+    """
+    rows, columns = groups.shape
+    y, x = (np.arange(n * cell) * size // (n * cell) for n, size in zip((rows, columns), image.shape, strict=False))
+    picture = np.broadcast_to(image.reshape(*image.shape[:2], -1)[y[:, None], x], (len(y), len(x), 3))
+    block = np.ones((cell, cell), int)
+    tint = np.kron(tints(groups), block[..., None])
+    picture = picture * (1 - tint[..., 3:]) + tint[..., :3] * tint[..., 3:]
+    large = np.kron(groups, block)
+    picture[:, 1:][large[:, 1:] != large[:, :-1]] = 1
+    picture[1:][large[1:] != large[:-1]] = 1
+    return (picture * 255).round().astype(np.uint8)
 
 
 def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
@@ -221,7 +249,7 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
     methods = list(dict.fromkeys(points.method))
     shades = colormaps["tab20"](np.arange(len(methods)) % 20)
     for method, shade in zip(methods, shades, strict=True):
-        part, ours = points[points.method == method], "threshold" in method
+        part, ours = points[points.method == method], "threshold" in method or method == "front"
         ax.errorbar(
             part[column], 100 * part.top1_drop, 196 * part.top1_drop_sem, label=method, color=shade,
             fmt="o" if part.searched.iloc[0] else "s", elinewidth=0.6, ms=6 if ours else 4,
@@ -229,3 +257,41 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
         )  # fmt: skip
     ax.axhline(0.5, color=COLORS["unmerged"], lw=0.8, ls="--")
     ax.set(xlabel=LABELS[column], xlim=(0, None))
+
+
+FAMILIES = {
+    "unmerged": ("#333333", "-"),
+    "cut off": ("#999999", "--"),
+    "fixed ratio": ("#E69F00", "-"),
+    "adaptive": ("#0072B2", "-"),
+    "jpeg": ("#CC79A7", ":"),
+    "webp": ("#882255", ":"),
+    "analog cut off": ("#D55E00", "--"),
+    "analog adaptive": ("#009E73", "-"),
+    "learned adaptive": ("#56B4E9", "-"),
+}
+
+
+def draw_link(ax: Axes, table: pd.DataFrame, families: Sequence[str] | None = None) -> None:
+    """Accuracy against SNR with 95 % bands: columns snr_db, family, top1, top1_half."""
+    for family in families or list(dict.fromkeys(table.family)):
+        part = table[table.family == family].sort_values("snr_db")
+        color, line = FAMILIES[family]
+        ax.plot(part.snr_db, 100 * part.top1, line, color=color, label=family, marker=".")
+        ax.fill_between(
+            part.snr_db, 100 * (part.top1 - part.top1_half), 100 * (part.top1 + part.top1_half), color=color, alpha=0.12
+        )
+    ax.set_xlabel("SNR (dB)")
+    ax.set_ylabel("top-1 (%)")
+    ax.legend(fontsize=7, ncols=2)
+
+
+def draw_trace(ax: Axes, table: pd.DataFrame) -> None:
+    """Accuracy against latency of every choice over a fading trace: columns kind, choice, top1, latency_s."""
+    fixed = table[table.kind == "fixed"]
+    ax.scatter(1e3 * fixed.latency_s, 100 * fixed.top1, s=14, color="#999999", label="fixed choices")
+    for color, row in zip(("#0072B2", "#D55E00", "#E69F00"), table[table.kind == "policy"].itertuples(), strict=False):
+        ax.scatter(1e3 * row.latency_s, 100 * row.top1, s=60, marker="*", color=color, label=row.choice)
+    ax.set_xlabel("mean latency (ms)")
+    ax.set_ylabel("top-1 over the trace (%)")
+    ax.legend(fontsize=7)

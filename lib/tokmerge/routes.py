@@ -56,6 +56,8 @@ def take(model: Any, configuration: Configuration) -> MergedLlava:
     if not isinstance(configuration, Route):
         configuration = Route(configuration.policy, configuration.precision)
     values = {name: getattr(configuration, name) for name in configuration.__dataclass_fields__}
+    # A LLaVA is cut where its tower or its projector ends.
+    del values["split_layer"]
     return llava.patch(model, values.pop("policy"), **values)
 
 

@@ -1,0 +1,178 @@
+"""`python -m tokmerge.verify`: are the rebuilt numbers the committed ones?
+
+Compares figures/numbers.json with the one in git, number by number. The first rule whose pattern fits a key says how
+far its number may move. What a clock measured is only reported; what a search found may differ between machines (the
+optimiser's compiled and its fallback kernel propose different candidates), but not by much.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import inf
+from pathlib import Path
+
+from tokmerge import paths
+
+NUMBERS = "figures/numbers.json"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How far the numbers of some keys may move.
+
+    Attributes:
+        pattern: of the keys, as in file names.
+        tolerance: largest absolute difference; 0: must be equal, inf: only reported.
+        why: in a few words.
+    """
+
+    pattern: str
+    tolerance: float
+    why: str
+
+
+RULES = (
+    Rule("*minutes*", inf, "a clock's"),
+    Rule("*seconds*", inf, "a clock's"),
+    Rule("*speedup*", inf, "a clock's"),
+    Rule("*off_overhead*", inf, "a clock's"),
+    Rule("*_share", inf, "a clock's"),
+    Rule("repro.*", inf, "this machine's"),
+    Rule("*.n_*", 0, "a count"),
+    Rule("*evaluations_to_match*", 8, "evaluations"),
+    Rule("*dataset", 0, "a name"),
+    Rule("*_pp", 0.5, "points of accuracy"),
+    Rule("*top1*", 0.005, "an accuracy, half a point"),
+    Rule("*accuracy*", 0.02, "an accuracy of few images"),
+    Rule("*drop", 0.005, "an accuracy, half a point"),
+    Rule("*unmerged", 0.005, "an accuracy, half a point"),
+    Rule("*hypervolume*", 0.02, "what a search found"),
+    Rule("search.best_*", 0.05, "what a search found"),
+    Rule("imagenet.*ratio", 0.05, "what a search found"),
+    Rule("imagenet.best_*", 0.05, "what a search found"),
+    Rule("vqav2.*ratio", 0.05, "what a search found"),
+    Rule("*hv64_fraction*", 0.02, "a ratio"),
+    Rule("*ratio*", 0.02, "a ratio"),
+    Rule("*macs*", 0.02, "a ratio"),
+    Rule("*bytes*", 0.02, "a ratio"),
+    Rule("*ssim*", 0.02, "a similarity"),
+    Rule("*_db*", 0.5, "decibels"),
+)
+OTHERWISE = Rule("*", 0.02, "no rule of its own")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key whose values are not equal.
+
+    Attributes:
+        key: of the number.
+        before: committed value; None: the key is new.
+        after: rebuilt value; None: the key is gone.
+        rule: which applied.
+    """
+
+    key: str
+    before: float | str | None
+    after: float | str | None
+    rule: Rule
+
+    @property
+    def beyond(self) -> bool:
+        """Whether it moved further than its rule allows; a new key cannot, a lost one always does."""
+        if self.before is None or self.rule.tolerance == inf:
+            return False
+        if self.after is None or isinstance(self.before, str) or isinstance(self.after, str):
+            return True
+        return abs(self.after - self.before) > self.rule.tolerance + 1e-12
+
+    def __str__(self) -> str:
+        mark = "MOVED" if self.beyond else "     "
+        allowed = "only reported" if self.rule.tolerance == inf else f"within {self.rule.tolerance:g}"
+        shown = [
+            value if isinstance(value, str) else f"{value:.6g}"
+            for value in (self.before, self.after)
+            if value is not None
+        ]
+        if self.before is None:
+            return f"{mark} {self.key}: new, {shown[0]}"
+        if self.after is None:
+            return f"{mark} {self.key}: gone, was {shown[0]}"
+        return f"{mark} {self.key}: {shown[0]} -> {shown[1]} ({allowed}: {self.rule.why})"
+
+
+def rule_of(key: str) -> Rule:
+    """The first rule that fits a key.
+
+    >>> rule_of("inputs.top1").tolerance, rule_of("search.minutes_64").tolerance, rule_of("inputs.n_images").tolerance
+    (0.005, inf, 0)
+    """
+    return next((rule for rule in RULES if fnmatchcase(key, rule.pattern)), OTHERWISE)
+
+
+def compare(before: Mapping[str, float | str], after: Mapping[str, float | str]) -> list[Difference]:
+    """Every key whose values differ, in the order of the committed file, new keys last.
+
+    >>> [moved] = compare({"a.top1": 0.9, "b": 1}, {"a.top1": 0.8, "b": 1})
+    >>> moved.key, moved.beyond
+    ('a.top1', True)
+    """
+    keys = dict.fromkeys([*before, *after])
+    return [
+        Difference(key, before.get(key), after.get(key), rule_of(key))
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def committed(root: Path, revision: str = "HEAD") -> dict[str, float | str]:
+    """The numbers as git holds them.
+
+    Args:
+        root: the repository.
+        revision: which commit's.
+
+    Raises:
+        ValueError: no git, no repository, or no such file in that commit.
+    """
+    command = ["git", "-C", str(root), "show", f"{revision}:{NUMBERS}"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ValueError("git is not installed: install it, the committed numbers are read with it") from error
+    if shown.returncode:
+        raise ValueError(
+            f"{NUMBERS} of {revision} cannot be read: {shown.stderr.strip()}\n"
+            "A git clone is needed (not a downloaded archive), and a commit that holds the file."
+        )
+    return dict(json.loads(shown.stdout))
+
+
+def main() -> None:
+    """Print what moved; exit with 1 if something moved beyond its tolerance."""
+    parser = argparse.ArgumentParser(prog="python -m tokmerge.verify", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--against", default="HEAD", metavar="REVISION", help="of git (default HEAD)")
+    revision = parser.parse_args().against
+    root = paths.root()
+    try:
+        before = committed(root, revision)
+        after = json.loads(paths.need(NUMBERS, made_by="90_figures").read_text())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"verify: {error}")
+    differences = compare(before, after)
+    print(*differences, sep="\n", end="\n" if differences else "")
+    beyond = sum(difference.beyond for difference in differences)
+    equal = len(before) - sum(difference.before is not None for difference in differences)
+    print(
+        f"{len(before)} committed numbers ({revision}): {equal} equal, "
+        f"{len(differences) - beyond} moved within tolerance or new, {beyond} beyond it"
+    )
+    sys.exit(1 if beyond else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""JupyterLab as a reader uses it: open the tour, run it, move a slider."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+TOUR = ROOT / "notebooks" / "00_tour.ipynb"
+STARTED = re.compile(r"http://127\.0\.0\.1:(\d+)/lab")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab from the checkout, its settings elsewhere and without autosave, so that nothing is left behind."""
+    home = tmp_path_factory.mktemp("lab")
+    settings = home / "settings" / "@jupyterlab"
+    (settings / "docmanager-extension").mkdir(parents=True)
+    (settings / "docmanager-extension" / "plugin.jupyterlab-settings").write_text('{"autosave": false}')
+    (settings / "apputils-extension").mkdir(parents=True)
+    (settings / "apputils-extension" / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )
+    environment = {
+        **os.environ,
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--ip=127.0.0.1", "--allow-root",
+               f"--notebook-dir={ROOT}", "--IdentityProvider.token=", "--ServerApp.password="]  # fmt: skip
+    log = (home / "log").open("w+")
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := STARTED.search((home / "log").read_text())):
+            assert server.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < deadline, (home / "log").read_text()
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{found.group(1)}"
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 1400, "height": 1000}}], indirect=True)
+def test_tour_runs_shows_its_figures_and_follows_the_sliders(lab, page):
+    before = TOUR.read_bytes()
+    page.set_default_timeout(180_000)
+    page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # told to run any earlier, it does not
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+    page.locator(".jp-OutputArea-output", has_text=re.compile(r"At threshold [\d.]+ the 3 photos keep")).wait_for()
+
+    widths = page.evaluate(
+        "Array.from(document.querySelectorAll('.jp-OutputArea-output > img'), image => image.naturalWidth)"
+    )
+    assert len(widths) == 3, "merge maps, slider positions, token budget"
+    assert min(widths) > 300
+    assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
+
+    picture, line = page.locator("img.widget-image"), page.locator(".widget-label:has-text('tokens left')")
+    assert page.locator(".widget-slider").count() == 3
+    assert picture.evaluate("image => image.naturalWidth") > 300
+    first_line, first_picture = line.inner_text(), picture.get_attribute("src")
+    assert re.match(r"\d+, \d+, \d+ of 197 tokens left: \d+% of the MACs, \d+% of the bytes", first_line)
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("old => document.querySelector('img.widget-image').src !== old", arg=first_picture)
+    page.wait_for_function("old => !document.body.innerText.includes(old)", arg=first_line)
+    assert picture.evaluate("image => image.naturalWidth") > 300
+    assert TOUR.read_bytes() == before, "nothing was saved"

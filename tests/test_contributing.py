@@ -1,0 +1,81 @@
+"""Every example of CONTRIBUTING.md runs, is short, and does what the text around it says."""
+
+import re
+import runpy
+
+import pytest
+import timm
+import tokmerge
+import torch
+from conftest import build
+from PIL import Image
+from tokmerge import data, models, paths, store
+from tokmerge.policies import Policy
+
+TEXT = (paths.root() / "CONTRIBUTING.md").read_text()
+EXAMPLES = dict(re.findall(r"^## Add an? ([\w ]+)\n.*?```python\n(.*?)```", TEXT, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run an example as a file of its own; its names."""
+
+    def run(name):
+        file = tmp_path / "example.py"
+        file.write_text(EXAMPLES[name])
+        return runpy.run_path(str(file), run_name="example")
+
+    return run
+
+
+def test_there_are_four_short_examples():
+    assert list(EXAMPLES) == ["policy", "backbone", "data set", "channel"]
+    for name, code in EXAMPLES.items():
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) <= 20, f"{name}: {len(lines)} lines"
+        assert max(map(len, code.splitlines())) <= 125
+
+
+def test_policy(run, images):
+    policy = run("policy")["BestHalf"]
+    assert isinstance(policy(0.5), Policy)
+    model = build()
+    _, record = tokmerge.patch(model, policy(-1.0))(images)
+    expected = [65, 65]  # the first block is left alone; half of set A merges in the others
+    for _ in range(3):
+        expected.append(expected[-1] - (expected[-1] - 1 + 1) // 2 // 2)
+    assert record.tokens.tolist() == [expected] * len(images)
+    none, _ = tokmerge.patch(model, policy(1.0))(images)
+    assert torch.allclose(none, model(images), atol=1e-5)
+
+
+def test_backbone(run, tmp_path):
+    run("backbone")
+    made = timm.create_model("my_vit")
+    store.save_tensors(made.state_dict(), tmp_path / "my_vit.safetensors")
+    model = models.load("my_vit", checkpoint=tmp_path / "my_vit.safetensors")
+    assert torch.equal(model.head.weight, made.head.weight)
+    assert models.transform(model)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+
+
+def test_data_set(run):
+    stripes = run("data set")["stripes"]("test")
+    assert [example.id for example in stripes.examples(18)] == ["test-18", "test-19"]
+    level, upright = (next(stripes.examples(start)).image for start in (0, 1))
+    assert level.getpixel((0, 9)) == level.getpixel((20, 9))
+    assert upright.getpixel((9, 0)) == upright.getpixel((9, 20))
+    assert len(data.subset(stripes, [1, 2])) == 2
+
+
+def test_channel(run):
+    erasures = run("channel")["erasures"]
+    model = models.load("fashion-vit")
+    images = data.tensors(data.load("sample"), models.transform(model)).images[:4]
+    merged = tokmerge.patch(model, tokmerge.Threshold(0.9), split_layer=6)
+    with torch.inference_mode():
+        clean, sent = merged(images)
+        same, _ = merged(images, through=erasures(0.0, torch.Generator().manual_seed(0)))
+        _, lossy = merged(images, through=erasures(0.5, torch.Generator().manual_seed(0)))
+    assert torch.equal(clean, same), "no loss is no channel"
+    assert torch.equal(lossy.payload_bytes, sent.payload_bytes), "the record counts what was sent"
+    assert (lossy.tokens[:, -1] < sent.tokens[:, -1]).all()

@@ -1,0 +1,91 @@
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from tokmerge import paths, scale, store
+from tokmerge.scale import Work
+
+
+def table(**changes):
+    """Measurements on lines that are known: 2 s + 10 ms per image, 1 s + 0.5 s per trial, 16 ms to decode."""
+    rows = [("images", n, 2 + 0.01 * n, None) for n in (10, 20, 40)]
+    rows += [("trials", n, 1 + 0.5 * n, None) for n in (5, 6, 9)]
+    rows += [("tokens", n, 1e-4 * n**1.5, 1e6 * n) for n in (16, 64, 256)]
+    rows += [("decode", 1, changes.get("decode", 0.016), None)]
+    rows += [
+        (f"workers, {name}", n, seconds / n, None)
+        for name, seconds in (("start", 4), ("evaluations", 3))
+        for n in (1, 2)
+    ]
+    return pd.DataFrame(rows, columns=["axis", "x", "seconds", "macs"])
+
+
+def test_lines_are_found_again():
+    assert scale.line(table(), "images") == pytest.approx((2, 0.01))
+    assert scale.line(table(), "trials") == pytest.approx((1, 0.5))
+
+
+def test_growth_says_what_was_measured():
+    text = scale.growth(table())
+    parts = (
+        "2.10 s at 10, 2.20 s at 20, 2.40 s at 40 images",
+        "2.00 s + 10.00 ms per image",
+        "tokens^1.50",
+        "3 proposals",
+        "1.00 s + 500 ms",
+        "2 workers are 2.00 times as fast as 1",
+        "16.0 ms each",
+    )
+    for part in parts:
+        assert part in text, text
+
+
+def test_an_estimate_by_hand():
+    by_arithmetic = Work("a", scale.LLAVA, passes=1000, ratio=0.5)
+    expected = 1000 * 2 * 4.1e12 * 0.5 / 90e12 / 3600
+    assert scale.estimate(table(), by_arithmetic, 1) == pytest.approx(expected)
+    assert scale.estimate(table(), by_arithmetic, 8) == pytest.approx(expected / 8)
+    by_decoding = Work("b", scale.DEIT, passes=1000)
+    assert scale.estimate(table(), by_decoding, 1) == pytest.approx(1000 * 0.016 / 8 / 3600)
+    assert scale.estimate(table(decode=1e-9), by_decoding, 1) == pytest.approx(1000 * 2 * 4.6e9 / 8e12 / 3600)
+
+
+def test_the_optimiser_does_not_share():
+    searched = Work("c", scale.LLAVA, passes=1000, trials=4)
+    asks = sum(1 + 0.5 * n for n in (1, 2, 3, 4)) / 3600
+    alone = scale.estimate(table(), Work("c", scale.LLAVA, passes=1000), 64)
+    assert scale.estimate(table(), searched, 64) == pytest.approx(alone + asks)
+
+
+def test_hours_add_up():
+    rows = [line.split("|")[1:-1] for line in scale.hours(table()).splitlines()[2:]]
+    assert len(rows) == len(scale.WORK) + 1
+    for column in (3, 4, 5):
+        values = [float(row[column].removesuffix("h ")) for row in rows]
+        assert values[-1] == pytest.approx(sum(values[:-1]), abs=0.04)
+
+
+def test_the_search_s_passes_are_those_of_its_params():
+    given = yaml.safe_load((paths.root() / "params" / "paper" / "30_search.yaml").read_text())
+    (search,) = (work for work in scale.WORK if work.stage == "search")
+    evaluations = given["n_trials"] + given["n_uniform"] + given["n_fixed_r"]
+    assert search.trials == given["n_trials"]
+    assert search.passes == pytest.approx(evaluations * given["n_images"] + 20 * given["n_front_images"], rel=0.2)
+
+
+def test_pages_hold_what_the_saved_measurements_say():
+    measured = store.load_table(scale.TABLE)
+    for name in ("scale", "paper_profile"):
+        text = (paths.root() / "docs" / f"{name}.md").read_text()
+        assert scale.fill(text, measured) == text, "run `python -m tokmerge.scale --keep`"
+        assert text.count("| all |") == 1
+
+
+def test_a_sample_evaluation_by_a_ray_worker_is_the_one_made_here():
+    seconds = scale._seconds(lambda: None, rounds=2)
+    assert seconds < 0.1
+    objective = scale.sample_objective()
+    measured = objective(scale.spaces.Configuration(scale.POLICY), n_images=16)
+    assert 0 < measured["macs_ratio"] < 1
+    assert np.isfinite(measured["kl"])
+    assert scale._decoder()().shape == (3, 224, 224)
