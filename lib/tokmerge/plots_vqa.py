@@ -35,7 +35,7 @@ def draw_answering(axes: Sequence[Axes], points: pd.DataFrame, limit: float) -> 
     axes[0].set_xlim(0, 1.05)
     axes[1].set_xscale("log")
     axes[0].set_ylabel("loss of accuracy (points)")
-    axes[1].legend(fontsize=7, ncols=2, title="triangles: int8, int4", title_fontsize=7)
+    axes[1].legend(fontsize=7, title="triangles: int8, int4", title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
