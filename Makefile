@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: help setup repro verify report test test-browser lab bench scale studies lint audit clean
+.PHONY: help setup repro verify report test test-browser fuzz lab bench scale studies lint audit clean
 
 help:
 	@echo "make repro         rebuild every result and figure (PROFILE=paper: ImageNet and LLaVA, docs/paper_profile.md)"
@@ -19,6 +19,7 @@ help:
 	@echo "make report        a static site from executed notebooks and figures: results/report/index.html"
 	@echo "make test          lint, types, unit tests, every notebook in its smoke profile"
 	@echo "make test-browser  the report and JupyterLab in a headless Chromium"
+	@echo "make fuzz          decode 126,000 damaged payloads (minutes)"
 	@echo "make setup         .venv from the exact pins (the other commands do it on first use)"
 	@echo "make lab           JupyterLab with the right kernel"
 	@echo "make studies       rerun the frozen stages (training and studies; hours)"
@@ -67,6 +68,10 @@ lint: $(READY)
 	ruff format --check lib tests
 	mypy
 	nbstripout --verify notebooks/*.ipynb
+
+# Damaged payloads of every kind: 42,000 for each of the three tests that make them.
+fuzz: $(READY)
+	FUZZ=42000 pytest tests/test_wire.py -k "mutations or random_bytes"
 
 lab: $(READY)
 	jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks/00_tour.ipynb

@@ -36,7 +36,7 @@ def test_the_table_names_what_gets_most_search_images_right(table):
     named = {(one.uses, one.snr_db): table.members[one.member][0] for one in table.choices}
     assert {named[1500, snr] for snr in (-5.0, 0.0, 5.0, 15.0, 25.0)} == {"short"}
     assert (named[6000, 0.0], named[6000, 15.0]) == ("short", "long")
-    assert max(one.top1 for one in table.choices) == 1.0
+    assert max(one.score for one in table.choices) == 1.0
 
 
 def test_of_equals_the_faster_one_is_named(air):

@@ -31,7 +31,7 @@ def test_late_profiles_merge_before_the_split_only(batch):
 
 
 def test_thinning_out_leaves_the_staircase_evenly_spread():
-    table = pd.DataFrame({"tokens": [10, 20, 21, 40, 80, 160], "top1": [0.5, 0.6, 0.55, 0.7, 0.69, 0.9]})
+    table = pd.DataFrame({"tokens": [10, 20, 21, 40, 80, 160], "score": [0.5, 0.6, 0.55, 0.7, 0.69, 0.9]})
     assert thin_out(table, 9).tokens.tolist() == [10, 20, 40, 160]
     assert thin_out(table, 2).tokens.tolist() == [10, 160]
     assert thin_out(table[:1], 3).tokens.tolist() == [10]

@@ -1,7 +1,7 @@
 """What to send when: a table computed offline that a device looks its choice up in.
 
-For every bandwidth, deadline and SNR the table names what got most search images right: which member (policy and
-precision) and which fastest modulation and code rate. Between two that do as well the faster one is named.
+For every bandwidth, deadline and SNR the table names what answered most search images as it should: which member
+(policy and precision) and which fastest modulation and code rate. Between two that do as well the faster one is named.
 """
 
 import math
@@ -32,7 +32,7 @@ class Choice:
         snr_db: lower end of the cell.
         member: index of what is sent.
         cap: index of the fastest scheme.
-        top1: accuracy on search images.
+        score: share of search images answered as they should be, see `compute`.
         latency_s: mean seconds from image to answer.
     """
 
@@ -41,7 +41,7 @@ class Choice:
     snr_db: float
     member: int
     cap: int
-    top1: float
+    score: float
     latency_s: float
 
 
@@ -93,7 +93,7 @@ def latency_s(member: Any, slot: Slot, air: Air, cap: int) -> Tensor:
 
 
 def compute(
-    members: Sequence[Member], air: Air, snrs_db: Iterable[float], slots: Sequence[Slot], labels: Tensor,
+    members: Sequence[Member], air: Air, snrs_db: Iterable[float], slots: Sequence[Slot], goal: Tensor,
     n_caps: int = 2, slack: float = 0.002, seed: int = 0,
 ) -> Lookup:  # fmt: skip
     """Fill the table in, on search images alone.
@@ -103,7 +103,7 @@ def compute(
         air: the channel at a given SNR (AWGN), and its block error rates.
         snrs_db: lower ends of the cells, ascending.
         slots: bandwidth and deadline of the cells; both must be set.
-        labels: of the search images.
+        goal: what answers on search images are compared with: labels, or the answers of the model itself.
         n_caps: fastest schemes to try, see `tokmerge.schemes.Member.caps`.
         slack: a choice this close to the best counts as as good.
         seed: of the draws.
@@ -114,13 +114,13 @@ def compute(
             tried = []
             for index, member in enumerate(members):
                 for cap in member.caps(air, snr_db, n_caps):
-                    top1 = hits(member.search, labels, air, snr_db, slot.of(member.search), cap, 1, seed).mean()
+                    score = hits(member.search, goal, air, snr_db, slot.of(member.search), cap, 1, seed).mean()
                     seconds = float(latency_s(member.search, slot, air, cap).mean())
-                    tried.append((float(top1), seconds, index, cap))
+                    tried.append((float(score), seconds, index, cap))
             best = max(one[0] for one in tried)
-            top1, seconds, index, cap = min((one for one in tried if one[0] >= best - slack), key=lambda one: one[1])
+            score, seconds, index, cap = min((one for one in tried if one[0] >= best - slack), key=lambda one: one[1])
             assert slot.uses is not None
-            choices.append(Choice(slot.uses, slot.deadline_s, float(snr_db), index, cap, top1, seconds))
+            choices.append(Choice(slot.uses, slot.deadline_s, float(snr_db), index, cap, score, seconds))
     return Lookup(tuple((member.name, member.precision) for member in members), tuple(choices))
 
 

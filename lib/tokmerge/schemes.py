@@ -161,7 +161,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def contest(
-    members: Sequence[Member], air: Air, snrs_db: Iterable[float], slot: Slot, search_labels: Tensor,
+    members: Sequence[Member], air: Air, snrs_db: Iterable[float], slot: Slot, search_goal: Tensor,
     test_labels: Tensor, n_caps: int = 2, draws: int = 3, seed: int = 0, base: str = "unmerged",
 ) -> pd.DataFrame:  # fmt: skip
     """Accuracy of every family against the SNR.
@@ -171,14 +171,16 @@ def contest(
         air: the channel.
         snrs_db: average SNRs.
         slot: what one image may take.
-        search_labels, test_labels: of the images.
+        search_goal: what answers on search images are compared with to choose: their labels or, since most errors are
+            common to all members, better the answers of the model itself.
+        test_labels: of the test images.
         n_caps: fastest schemes to try, see `caps`.
         draws: of the channel, per test image.
         seed: of the draws; the same for all members.
         base: family that the others are compared with, image by image.
 
     Returns:
-        One row per SNR and family: its choice (member, precision, cap), search_top1, top1 on test images with
+        One row per SNR and family: its choice (member, precision, cap), search_score, top1 on test images with
         top1_half, and over ``base`` gain with gain_half; halves of 95 % intervals over images and draws.
     """
     families = list(dict.fromkeys(member.family for member in members))
@@ -190,7 +192,7 @@ def contest(
             for member in (one for one in members if one.family == family):
                 for cap in member.caps(air, snr_db, n_caps):
                     uses = slot.of(member.search)
-                    score = hits(member.search, search_labels, air, snr_db, uses, cap, 1, seed).mean()
+                    score = hits(member.search, search_goal, air, snr_db, uses, cap, 1, seed).mean()
                     if best is None or score > best[0]:
                         best = (float(score), member, cap)
             assert best is not None
@@ -201,7 +203,7 @@ def contest(
             rows.append({
                 "snr_db": float(snr_db), "family": family, "member": member.name, "precision": member.precision,
                 "cap": str(air.rates.schemes[cap]) if member.sending == "cut off" else member.sending,
-                "search_top1": score, "top1": top1, "top1_half": half,
+                "search_score": score, "top1": top1, "top1_half": half,
             })  # fmt: skip
     table = pd.DataFrame(rows)
     if base in families:

@@ -39,14 +39,14 @@ def late_profiles(calibration: Calibration, split_layer: int, shares: Sequence[f
 
 
 def thin_out(table: pd.DataFrame, n: int) -> pd.DataFrame:
-    """Up to n points of a table (columns tokens, top1), spread evenly over log tokens: for each goal the most accurate
+    """Up to n points of a table (columns tokens, score), spread evenly over log tokens: for each goal the best
     that needs no more.
 
-    >>> thin_out(pd.DataFrame({"tokens": [10, 11, 100], "top1": [0.8, 0.9, 0.95]}), 2).tokens.tolist()
+    >>> thin_out(pd.DataFrame({"tokens": [10, 11, 100], "score": [0.8, 0.9, 0.95]}), 2).tokens.tolist()
     [10, 100]
     """
     table = table.sort_values("tokens")
-    best = table[table.top1 > table.top1.cummax().shift(fill_value=-1.0)]
+    best = table[table.score > table.score.cummax().shift(fill_value=-1.0)]
     goals = np.geomspace(best.tokens.iloc[0], best.tokens.iloc[-1], n)
     # Of the points that need no more than the goal, the best, which on this staircase is the last.
     chosen = np.searchsorted(best.tokens.to_numpy(), goals * (1 + 1e-9), side="right") - 1
