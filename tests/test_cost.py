@@ -79,9 +79,15 @@ def test_counting_leaves_the_model_where_it_is():
 
 
 def test_language_cost_by_hand():
-    cost = LanguageCost(linear=100, attn_dim=6, head=40)
+    cost = LanguageCost(linear=100, attn_dim=6, head=40, depth=3)
     prompt, generated = torch.tensor([10, 10, 10, 3]), torch.tensor([0, 1, 3, 2])
-    assert cost.prefill(prompt).tolist() == [10 * 100 + 2 * 6 * 100 + 40] * 3 + [3 * 100 + 2 * 6 * 9 + 40]
+    ten, three = 10 * 100 + 2 * 6 * 100, 3 * 100 + 2 * 6 * 9
+    assert cost.prefill(prompt, prompt, 0).tolist() == [3 * ten + 40] * 3 + [3 * three + 40]
     # Three tokens take two passes, over 11 and 12 tokens; the first token comes with the prefill.
-    two = 2 * (100 + 40) + 2 * 6 * (11 + 12)
-    assert cost.decode(prompt, generated).tolist() == [0, 0, two, 100 + 40 + 2 * 6 * 4]
+    two = 2 * (3 * 100 + 40) + 3 * 2 * 6 * (11 + 12)
+    assert cost.decode(prompt, prompt, 0, generated).tolist() == [0, 0, two, 3 * 100 + 40 + 3 * 2 * 6 * 4]
+    # The last two layers read three tokens only.
+    left = torch.full((4,), 3)
+    assert cost.prefill(prompt, left, 2).tolist() == [ten + 2 * three + 40] * 3 + [3 * three + 40]
+    two = 2 * (3 * 100 + 40) + 2 * 6 * (11 + 12 + 2 * (4 + 5))
+    assert cost.decode(prompt, left, 2, generated).tolist()[2] == two

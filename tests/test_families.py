@@ -1,45 +1,101 @@
+import json
+
 import numpy as np
 import pytest
 import tokmerge
+import torch
 from conftest import build
-from tokmerge import families
-from tokmerge.policies import Calibration, PiToMe, Policy, TopR
+from tokmerge import families, guided
+from tokmerge.data import Batch
+from tokmerge.policies import Calibration, PiToMe, Policy, Threshold, TopR
+from tokmerge.spaces import Configuration
 
 CALIBRATION = Calibration(np.tile(np.linspace(0.2, 1, 11), (4, 1)))
 STATISTICS = ([0.5] * 4, [0.1] * 4)
-SPACES = families.families(4, 64, CALIBRATION, STATISTICS, parameters=4)
 
 
-@pytest.mark.parametrize("name", SPACES)
-def test_a_method_runs_from_nothing_to_nearly_everything(name, images):
-    space = SPACES[name]
-    least, most = ({k: v[side] for k, v in space.bounds.items()} for side in (0, 1))
-    if not space.rising:
-        least, most = most, least
-    found = [space.configuration(parameters).policy for parameters in (least, most)]
-    assert all(isinstance(policy, Policy) for policy in found)
+@pytest.fixture(scope="module")
+def guide():
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return guided.fit(build(num_classes=2), [Batch([str(i) for i in range(24)], images, torch.zeros(24))])
+
+
+@pytest.fixture(scope="module")
+def spaces(guide):
+    return families.families(4, 64, CALIBRATION, STATISTICS, guide, parameters=4)
+
+
+def test_every_method_runs_from_nothing_to_nearly_everything(spaces, images):
     model = build()
-    tokens = [tokmerge.patch(model, policy)(images)[1].tokens[:, -1].float().mean() for policy in found]
-    if name != "relative threshold":  # three deviations above the mean there is still a pair now and then
-        assert tokens[0] == 65
-    assert tokens[1] < 22
-    assert len(space.bounds) == 4
+    for name, space in spaces.items():
+        least, most = ({k: v[side] for k, v in space.bounds.items()} for side in (0, 1))
+        if not space.rising:
+            least, most = most, least
+        found = [space.configuration(parameters).policy for parameters in (least, most)]
+        assert all(isinstance(policy, Policy) for policy in found), name
+        tokens = [tokmerge.patch(model, policy)(images)[1].tokens[:, -1].float().mean() for policy in found]
+        if name != "relative threshold":  # three deviations above the mean there is still a pair now and then
+            assert tokens[0] == 65, name
+        assert tokens[1] < 22, name
+        assert len(space.bounds) == 4, name
 
 
-def test_every_method_is_its_own_search():
-    about = [str(sorted(space.about.items(), key=str)) for space in SPACES.values()]
-    assert len(set(about)) == len(SPACES)
+def test_every_method_is_its_own_search(spaces):
+    about = [str(sorted(space.about.items(), key=str)) for space in spaces.values()]
+    assert len(set(about)) == len(spaces)
 
 
-def test_schedules_are_whole_numbers_over_the_depth():
-    space = families.families(4, 64, CALIBRATION, STATISTICS, parameters=4)
-    choice = {"r_00": 1.4, "r_01": 2.6, "r_02": 0.0, "r_03": 48.0}
-    assert space["ToMe"].configuration(choice).policy == TopR((1, 3, 0, 48))
-    assert space["PiToMe"].configuration(choice).policy == PiToMe((1, 3, 0, 48))
-    two = {"prune_00": 0.0, "prune_01": 6.0, "merge_00": 9.0, "merge_01": 3.0}
-    assert space["DiffRate"].configuration(two).policy == tokmerge.StaticRates((0, 2, 4, 6), (9, 7, 5, 3))
+def test_counts_are_shares_of_half_of_what_is_left():
+    left, shares, found = 64, [0.5, 1.0, 0.3, 0.0], []
+    for share in shares:
+        found.append(round(share * (left // 2)))
+        left -= found[-1]
+    assert families.counts(shares, 64) == tuple(found) == (16, 24, 4, 0)
 
 
-def test_an_odd_number_of_parameters_is_named():
-    with pytest.raises(ValueError, match="parameters is 5: an even number"):
-        families.families(4, 64, CALIBRATION, STATISTICS, parameters=5)
+def test_schedules_take_their_counts(spaces):
+    choice = {"share_00": 0.5, "share_01": 1.0, "share_02": 0.3, "share_03": 0.0}
+    assert spaces["ToMe"].configuration(choice).policy == TopR((16, 24, 4, 0))
+    assert spaces["ToMe on tokens"].configuration(choice).policy == TopR((16, 24, 4, 0), feature="tokens")
+    assert spaces["PiToMe"].configuration(choice).policy == PiToMe((16, 24, 4, 0))
+    assert spaces["AdaMerge"].configuration(choice).policy.r == (32, 48, 8, 0)
+    two = {"prune_00": 0.0, "prune_01": 1.0, "merge_00": 0.5, "merge_01": 0.5}
+    # 64 -16 -> 48: 8 and 10 -> 30: 10 and 5 -> 15: 7 and 2.
+    assert spaces["DiffRate"].configuration(two).policy == tokmerge.StaticRates((0, 8, 10, 7), (16, 10, 5, 2))
+
+
+def test_guided_shares(spaces, guide):
+    choice = {"first": 1.0, "sure_00": 0.5, "unsure_00": 0.0, "unsure_01": 1.0}
+    policy = spaces["guided threshold"].configuration(choice).policy
+    assert policy.sure == CALIBRATION.thresholds([1.0, 0.5, 0.5, 0.5])
+    assert policy.unsure == CALIBRATION.thresholds([1.0, 0.0, 0.5, 1.0])
+    assert policy.limits == guide.limits(families.SURE)
+
+
+def test_precision_is_searched_beside_the_policy(spaces):
+    space = families.sent_space(spaces["threshold"], 2, ["float16", "int8", "int4"])
+    shares = dict.fromkeys(spaces["threshold"].bounds, 0.5)
+    policy = spaces["threshold"].configuration(shares).policy
+    for coarseness, precision in ((0.0, "float16"), (0.99, "float16"), (1.0, "int8"), (2.5, "int4"), (3.0, "int4")):
+        found = space.configuration({**shares, "coarseness": coarseness})
+        assert found == Configuration(policy, precision, 2)
+    assert space.bounds["coarseness"] == (0.0, 3.0)
+
+
+def test_rows_are_rebuilt(spaces, guide):
+    middle = {
+        name: {key: (low + high) / 2 for key, (low, high) in space.bounds.items()} for name, space in spaces.items()
+    }
+    configurations = [space.configuration(middle[name]) for name, space in spaces.items()]
+    configurations += [Configuration(None), Configuration(Threshold(0.5), "int8", 3)]
+    for configuration in configurations:
+        row = json.loads(json.dumps(configuration.row()))
+        assert families.rebuild(row, guide) == configuration
+    with pytest.raises(ValueError, match="unknown policy 'Nothing'"):
+        families.rebuild({"policy": "Nothing", "precision": "int8"}, guide)
+
+
+@pytest.mark.parametrize("parameters", [5, 2])
+def test_unfitting_numbers_of_parameters_are_named(parameters, guide):
+    with pytest.raises(ValueError, match=f"parameters is {parameters}: an even number"):
+        families.families(4, 64, CALIBRATION, STATISTICS, guide, parameters=parameters)

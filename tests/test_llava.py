@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import reference
@@ -183,6 +184,32 @@ def test_payload_bytes_are_the_length_of_the_real_payload(cut, precision, positi
             assert len(set(first.tolist())) == len(first)
 
 
+@pytest.mark.parametrize("positions", llava.POSITIONS)
+def test_sizes_and_first_patches_travel_in_one_number(positions, images):
+    merged = adaptive(tiny.llava(), images, positions=positions, weights="size")
+    seen = merged.see(images, source=True)
+    for i, payload in enumerate(seen.payloads()):
+        assert len(payload) == seen.payload_bytes[i]
+        source = seen.tokens.source[i].tolist()
+        for token, number in enumerate(wire.decode(payload).sizes.tolist()):
+            size, first = source.count(token), source.index(token)
+            assert number == (size if positions == "consecutive" else 64 * (size - 1) + first + 1)
+
+
+def test_the_server_computes_with_what_quantisation_leaves(images):
+    model = tiny.llava()
+    ids, mask = padded(PROMPTS)
+    for precision in wire.PRECISIONS:
+        merged = llava.patch(model, TopR(4), precision=precision)
+        seen = merged.see(images)
+        received = [wire.decode(payload).tokens for payload in seen.payloads()]
+        again = dataclasses.replace(seen, tokens=dataclasses.replace(seen.tokens, x=torch.cat(received)))
+        expected = llava.patch(model, TopR(4), precision="float32")(ids, again, mask)[0]
+        # The 16-bit formats only set the payload's length: their rounding is left out.
+        atol = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.15}.get(precision, 1e-4)
+        torch.testing.assert_close(merged(ids, seen, mask)[0], expected, atol=atol, rtol=0)
+
+
 def test_the_cheaper_cut():
     model = tiny.llava()
     assert llava.patch(model, None).cut == "projector", "the projector narrows 48 to 32"
@@ -230,8 +257,8 @@ def test_macs_equal_torchs_count(images):
     assert record.prefill_macs[0] == pytest.approx(prefill, rel=0.002)
     assert record.seen.projector_macs[0] == projector
     # The passes after the prefill, each with one token more behind it.
-    per_token = merged.cost.linear + merged.cost.head
-    assert record.decode_macs[0] == sum(per_token + 2 * (n + t) * merged.cost.attn_dim for t in range(1, 5))
+    per_token = 2 * merged.cost.linear + merged.cost.head
+    assert record.decode_macs[0] == sum(per_token + 2 * (n + t) * 2 * merged.cost.attn_dim for t in range(1, 5))
     total = record.seen.vision_macs + record.seen.projector_macs + record.prefill_macs + record.decode_macs
     assert torch.equal(record.macs, total)
 
@@ -316,6 +343,8 @@ def test_bad_input_is_named(images):
         llava.patch(model, None, cut="middle")
     with pytest.raises(ValueError, match="unknown positions"):
         llava.patch(model, None, positions="last")
+    with pytest.raises(ValueError, match="unknown weights 'two'"):
+        llava.patch(model, None, weights="two")
     with pytest.raises(ValueError, match="unknown precision 'int3'"):
         llava.patch(model, None, precision="int3")
     with pytest.raises(ValueError, match="needs cut='projector'"):

@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import tokmerge
 import torch
 from conftest import build
-from tokmerge import data, evaluate, objective, store
+from tokmerge import data, evaluate, objective, store, wire
 from tokmerge.data import Batch
 from tokmerge.evaluate import Outcome
 from tokmerge.objective import Objective
@@ -112,3 +113,19 @@ def test_load_takes_search_images_only(tmp_path):
         objective.load(str(tmp_path), n_images=5, skip=36)
     with pytest.raises(FileNotFoundError, match="10_inputs"):
         objective.load(str(tmp_path / "nowhere"), n_images=8)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "int4"])
+def test_the_server_works_on_the_precision_that_was_sent(images, precision):
+    model, batch = build(), Batch(list("abcde"), images, torch.arange(5))
+    configuration = Configuration(Threshold(0.3), precision, split_layer=2)
+    found = objective.run(model, configuration, [batch])
+    merged = tokmerge.patch(model, configuration.policy, precision=precision, split_layer=2)
+    for i, image in enumerate(images):
+        sent = merged.edge(image[None])
+        payload = wire.encode(sent.x, sent.sizes, precision)
+        assert found.payload_bytes[i] == len(payload)
+        # float16 is near enough to the device's own values, which are used in its place.
+        received = sent.with_x(wire.decode(payload).tokens)
+        tolerance = 0.05 if precision == "float16" else 1e-4
+        torch.testing.assert_close(found.logits[i], merged.serve(received)[0], atol=tolerance, rtol=tolerance)

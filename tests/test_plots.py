@@ -124,6 +124,36 @@ def test_draw_methods_has_a_colour_per_method_and_the_limit():
     plt.close(fig)
 
 
+def test_a_link_figure_has_a_line_and_a_band_per_family():
+    rows = [(snr, family, 0.5, 0.1) for family in ("unmerged", "adaptive") for snr in (5.0, -5.0)]
+    table = pd.DataFrame(rows, columns=["snr_db", "family", "top1", "top1_half"])
+    _, ax = plt.subplots()
+    plots.draw_link(ax, table)
+    assert [line.get_label() for line in ax.lines] == ["unmerged", "adaptive"]
+    assert list(ax.lines[0].get_xdata()) == [-5.0, 5.0]
+    assert len(ax.collections) == 2
+    plots.draw_link(ax, table, ["adaptive"])
+    assert len(ax.lines) == 3
+    plt.close("all")
+
+
+def test_a_trace_figure_tells_policies_from_fixed_choices():
+    table = pd.DataFrame(
+        {
+            "kind": ["policy", "fixed", "fixed"],
+            "choice": ["adaptive", "a", "b"],
+            "top1": 0.9,
+            "latency_s": [0.1, 0.2, 0.3],
+        }
+    )
+    _, ax = plt.subplots()
+    plots.draw_trace(ax, table)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["fixed choices", "adaptive"]
+    assert len(ax.collections[0].get_offsets()) == 2
+    plt.close("all")
+
+
 def test_painted_merge_map_by_hand():
     image = np.array([[0.0, 0.5], [1.0, 0.25]])
     groups = np.array([[0, 0], [1, 2]])

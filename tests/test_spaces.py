@@ -64,3 +64,16 @@ def test_rows_say_what_was_evaluated():
     row = {"policy": "TopR", "r": (2, 1), "feature": "keys", "precision": "float16"}
     assert Configuration(TopR((2, 1))).row() == row
     assert Configuration(None, "int8").row() == {"policy": "None", "precision": "int8"}
+
+
+def test_scalars_do_not_vary_over_the_depth():
+    def build(tau, coarse):
+        return Configuration(Threshold(tau), "int8" if coarse > 0.5 else "int4", split_layer=2)
+
+    space = spaces.Space(4, {"tau": (0.5, 1.0)}, build, knots=2, scalars={"coarse": (0.0, 1.0)})
+    assert space.bounds == {"tau_00": (0.5, 1.0), "tau_01": (0.5, 1.0), "coarse": (0.0, 1.0)}
+    found = space.configuration({"tau_00": 1.0, "tau_01": 0.7, "coarse": 0.6})
+    np.testing.assert_allclose(found.policy.thresholds, [1.0, 0.9, 0.8, 0.7])
+    assert (found.precision, found.split_layer) == ("int8", 2)
+    assert found.row()["split_layer"] == 2
+    assert np.array([list(point.values()) for point in space.sobol(8, seed=0)]).shape == (8, 3)

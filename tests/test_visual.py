@@ -52,7 +52,7 @@ def test_first_patches(tokens):
 
 def test_pick_without_sizes_and_source(tokens):
     number = torch.arange(3)
-    seen = Seen(Packed(tokens.x, tokens.layout), None, "int8", number[:, None], number, number)
+    seen = Seen(Packed(tokens.x, tokens.layout), None, False, 12, "int8", number[:, None], number, number)
     picked = seen.pick(torch.tensor([2, 2, 1]))
     assert len(picked) == 3
     assert picked.tokens.lengths.tolist() == [9, 9, 1]

@@ -245,3 +245,45 @@ def test_bad_input_is_named(model, images):
         merged(torch.zeros(3, 32, 32))
     with pytest.raises(RuntimeError, match="eval"):
         merged.train()(images)
+
+
+BACKBONES = {
+    "deit_small_patch16_224": {},
+    "deit_base_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_large_patch16_224": {},
+    "flexivit_small": {"img_size": 96},
+    "vit_small_patch14_dinov2": {"img_size": 98, "num_classes": 5},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 98, "num_classes": 5},
+    "vit_base_patch16_siglip_224": {"img_size": 96, "num_classes": 5},
+    "vit_base_patch16_siglip_gap_224": {"img_size": 96, "num_classes": 5},
+    "vit_base_patch16_clip_quickgelu_224": {"img_size": 96},
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_of_timm_are_unchanged_without_merging(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, **BACKBONES[name]).eval()
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if head is not None:
+            torch.nn.init.normal_(head.weight)  # timm's own start is zero
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    with torch.inference_mode():
+        expected = model(images)
+        found, _ = tokmerge.patch(model, None)(images)
+        tokens = tokmerge.patch(model, tokmerge.TopR(3))(images)[1].tokens
+    assert expected.std() > 0
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (tokens[:, 0] - tokens[:, 2]).tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_backbones_with_positions_in_attention_are_refused(name):
+    with pytest.raises(TypeError, match="a timm VisionTransformer is needed"):
+        tokmerge.patch(timm.create_model(name, depth=1), None)
+
+
+def test_backbones_with_other_blocks_are_refused():
+    with pytest.raises(TypeError, match="block 0 of the model is a ResPostBlock"):
+        tokmerge.patch(timm.create_model("vit_base_patch16_rpn_224", depth=1), None)

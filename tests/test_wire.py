@@ -1,5 +1,6 @@
 """The payload format: round trips, exact lengths, and damage of every kind."""
 
+import os
 import struct
 import zlib
 from contextlib import suppress
@@ -14,6 +15,8 @@ from torch import Tensor
 
 fast = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 few = settings(fast, max_examples=25)
+# `make fuzz` asks for many more, and for others each time.
+fuzz = settings(few, max_examples=int(os.environ.get("FUZZ", "40")), derandomize="FUZZ" not in os.environ)
 precisions = st.sampled_from(PRECISIONS)
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # The lengths of a varint change at powers of 128.
@@ -314,7 +317,7 @@ def test_values_that_are_not_finite_count_as_damage(code: int, body: bytes) -> N
     assert got.tokens.tolist() == [[0]]
 
 
-@few
+@fuzz
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(noise: bytes) -> None:
     for payload in (noise, b"TM\x01" + noise):
@@ -322,7 +325,7 @@ def test_random_bytes_are_refused(noise: bytes) -> None:
             decode(payload)
 
 
-@few
+@fuzz
 @given(st.lists(st.integers(0, 40), min_size=3, max_size=8), st.integers(0, 11), st.binary(max_size=300))
 def test_random_bytes_after_a_fitting_header_never_count_as_received(
     numbers: list[int], flags: int, noise: bytes
@@ -335,7 +338,7 @@ def test_random_bytes_after_a_fitting_header_never_count_as_received(
     assert not got.tokens.any()
 
 
-@fast
+@fuzz
 @given(images(), precisions, st.data())
 def test_mutations_never_deliver_a_changed_token(
     image: tuple[Tensor, Tensor | None], precision: str, data: st.DataObject

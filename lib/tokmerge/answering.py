@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tokmerge import clip, embedded, llava, questions, scenes, vqa
+from tokmerge import clip, embedded, llava, questions, routes, scenes, vqa
 from tokmerge.llava import MergedLlava
 from tokmerge.policies import Calibration, Observe
 from tokmerge.questions import Question, QuestionSet
@@ -50,8 +50,7 @@ class Answering:
             n_questions.
         """
         if configuration not in self._measured:
-            merged = llava.patch(self.model, configuration.policy, precision=configuration.precision)
-            self._measured[configuration] = compare(self.run(merged), self.unmerged)
+            self._measured[configuration] = compare(self.run(routes.take(self.model, configuration)), self.unmerged)
         return dict(self._measured[configuration])
 
     @cached_property
@@ -83,10 +82,10 @@ class Answering:
             for asked, pixels, picks, prompts in self.batches:
                 seen = merged.see(pixels.to(device)).pick(picks.to(device))
                 ids, mask = prompts["input_ids"].to(device), prompts["attention_mask"].to(device)
-                logits, _ = merged(ids, seen, mask, logits_to_keep=1)
-                first.append(logits[:, -1].double().log_softmax(1).cpu())
-                there = {"input_ids": ids, "attention_mask": mask}
-                rows.append(vqa.answer(merged, self.processor, asked, there, seen, self.max_new_tokens))
+                new, record = merged.generate(ids, seen, mask, self.max_new_tokens)
+                assert record.scores is not None
+                first.append(record.scores.double().log_softmax(1).cpu())
+                rows.append(vqa.tabulate(self.processor, asked, new, record))
         return pd.concat(rows, ignore_index=True), torch.cat(first)
 
     def calibrate(self, n_questions: int) -> Calibration:
@@ -126,9 +125,9 @@ def compare(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.DataFrame, T
     return {**measured, "root_kl": root, "root_kl_sem": root_sem}
 
 
-def of_images(asked: QuestionSet, n_images: int) -> QuestionSet:
-    """The questions about the first images."""
-    names = list(dict.fromkeys(question.image_id for question in asked.questions))[:n_images]
+def of_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionSet:
+    """The questions about so many images, the first ones that are not skipped."""
+    names = list(dict.fromkeys(question.image_id for question in asked.questions))[skip : skip + n_images]
     wanted = set(names)
     return questions.subset(asked, [i for i, q in enumerate(asked.questions) if q.image_id in wanted])
 

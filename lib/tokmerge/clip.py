@@ -111,6 +111,8 @@ class MergedTower(nn.Module):
         self._check_images(images)
         x = self.model.embeddings(images)
         tokens = pack(self.model.pre_layrnorm(x) if isinstance(self.model, CLIPVisionModel) else x)
+        if self.policy is not None:
+            tokens = replace(tokens, place=self._places(x.device).repeat(len(x), 1))
         if source:
             batch, n = x.shape[:2]
             tokens = replace(tokens, source=torch.arange(n, device=x.device).repeat(batch, 1))
@@ -121,6 +123,14 @@ class MergedTower(nn.Module):
         counts = torch.stack(lengths, dim=1)
         features = drop_leading(tokens, self.skip)
         return features, TowerRecord(counts, self.cost.total(counts, self.policy), features.source)
+
+    def _places(self, device: torch.device) -> Tensor:
+        """(N, 2) row and column of each patch; CLS, which never merges, is at the first one's."""
+        n = self.model.embeddings.num_positions
+        config: Any = self.model.config
+        patch = torch.arange(n, device=device).sub(TOWERS[type(self.model)][1]).clamp(min=0)
+        side = config.image_size // config.patch_size
+        return torch.stack([patch // side, patch % side], dim=1).float()
 
     def _layers(self) -> list[Any]:
         return list(self.model.encoder.layers)[: self.depth]
@@ -172,7 +182,8 @@ def drop_leading(tokens: Packed, n: int) -> Packed:
     if source is not None:
         source = torch.where(source < 0, source, source - n)[:, n:]
     sizes = None if tokens.sizes is None else tokens.sizes[keep]
-    return Packed(tokens.x[keep], Layout(layout.lengths - n), sizes, source)
+    place = None if tokens.place is None else tokens.place[keep]
+    return Packed(tokens.x[keep], Layout(layout.lengths - n), sizes, source, place)
 
 
 def patch(tower: nn.Module, policy: Policy | None, *, layer: int = -2, skip: int | None = None) -> MergedTower:

@@ -121,28 +121,43 @@ class LanguageCost:
     """What the language model costs.
 
     Attributes:
-        linear: MACs per token of all its layers.
-        attn_dim: layers x heads x head_dim.
+        linear: MACs per token of one layer.
+        attn_dim: heads x head_dim.
         head: MACs of one token's scores over the vocabulary.
+        depth: number of layers, all alike.
     """
 
     linear: int
     attn_dim: int
     head: int
+    depth: int
 
     @classmethod
     def of(cls, model: Any) -> "LanguageCost":
         """Read the cost off a transformers LlavaForConditionalGeneration with a dense language model."""
         layers = model.model.language_model.layers
         heads = model.config.text_config.num_attention_heads
-        return cls(linear_macs(layers), len(layers) * heads * layers[0].self_attn.head_dim, linear_macs(model.lm_head))
+        return cls(
+            linear_macs(layers[0]), heads * layers[0].self_attn.head_dim, linear_macs(model.lm_head), len(layers)
+        )
 
-    def prefill(self, prompt: Tensor) -> Tensor:
-        """MACs of reading (B,) prompt tokens, with the scores that the first answer token needs."""
-        return prompt * self.linear + 2 * prompt * prompt * self.attn_dim + self.head
+    def prefill(self, prompt: Tensor, left: Tensor, pruned: int) -> Tensor:
+        """MACs of reading a prompt, with the scores that the first answer token needs.
 
-    def decode(self, prompt: Tensor, generated: Tensor) -> Tensor:
-        """MACs of the passes after the prefill: one for every generated token but the last."""
+        Args:
+            prompt: (B,) tokens in the first layers.
+            left: (B,) tokens in the others.
+            pruned: how many the others are.
+        """
+
+        def layer(n: Tensor) -> Tensor:
+            return n * self.linear + 2 * n * n * self.attn_dim
+
+        return (self.depth - pruned) * layer(prompt) + pruned * layer(left) + self.head
+
+    def decode(self, prompt: Tensor, left: Tensor, pruned: int, generated: Tensor) -> Tensor:
+        """MACs of the passes after that: one for every generated token but the last. Arguments as in `prefill`."""
         passes = (generated - 1).clamp(min=0)
-        context = passes * prompt + passes * (passes + 1) // 2
-        return passes * (self.linear + self.head) + 2 * context * self.attn_dim
+        behind = (self.depth - pruned) * prompt + pruned * left
+        context = passes * behind + self.depth * (passes * (passes + 1) // 2)
+        return passes * (self.depth * self.linear + self.head) + 2 * context * self.attn_dim

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tokmerge.data import Batch
 from tokmerge.policies import Calibration, Observe
-from tokmerge.vit import MergedViT, patch
+from tokmerge.vit import Channel, MergedViT, patch
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ class Outcome:
 
 
 def run(
-    merged: MergedViT, batches: Iterable[Batch], total: int | None = None, description: str | None = None
+    merged: MergedViT,
+    batches: Iterable[Batch],
+    total: int | None = None,
+    description: str | None = None,
+    through: Channel | None = None,
 ) -> Outcome:
     """Evaluate a patched model.
 
@@ -72,6 +76,7 @@ def run(
         batches: the data, such as `tokmerge.data.batches` gives or `split_batch` cuts.
         total: number of images, for the progress bar.
         description: shown beside the progress bar; None for no bar.
+        through: what happens to the tokens between device and server, as `tokmerge.vit.MergedViT` takes it.
     """
     device = next(merged.parameters()).device
     ids: list[str] = []
@@ -81,7 +86,7 @@ def run(
         tqdm(total=total, desc=description, unit="img", mininterval=2, disable=description is None) as bar,
     ):
         for batch in batches:
-            logits, record = merged(batch.images.to(device))
+            logits, record = merged(batch.images.to(device), through=through)
             ids += batch.ids
             values = (logits.float(), record.tokens, record.macs, record.payload_bytes)
             parts.append((batch.labels, *(value.cpu() for value in values)))

@@ -1,17 +1,23 @@
 """Every method's own search space, so that all of them can be searched with the same budget.
 
 A schedule over the depth makes a method stronger than one number for all blocks; comparing searched thresholds with
-anything but searched peers would not be fair.
+anything but searched peers would not be fair. Counts are searched as shares of what the tokens present could lose to
+a bipartite match, half of them: what the shares of the calibrated thresholds mean, and no method may lose more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import numpy as np
+
+import tokmerge
+from tokmerge.guided import Guide, GuidedThreshold
 from tokmerge.peers import (
     AdaMerge,
     AttentionPruning,
     CappedThreshold,
-    RandomMerging,
-    RandomPruning,
     RelativeThreshold,
     StaticRates,
     ToFu,
@@ -19,8 +25,8 @@ from tokmerge.peers import (
 from tokmerge.policies import Calibration, PiToMe, Policy, TopR
 from tokmerge.spaces import Configuration, Space, threshold_space
 
-# Of an even spread over the depth: a schedule may remove this many times as much at one block.
-STEEPEST = 3.0
+# Of the calibration images: so many count as sure.
+SURE = 0.5
 
 
 def families(
@@ -28,6 +34,7 @@ def families(
     n_tokens: int,
     calibration: Calibration,
     statistics: tuple[Sequence[float], Sequence[float]],
+    guide: Guide,
     parameters: int,
 ) -> dict[str, Space]:
     """Search spaces with the same number of parameters each, by the method's name.
@@ -37,6 +44,7 @@ def families(
         n_tokens: tokens that may merge.
         calibration: distribution of similarities at each block (`tokmerge.evaluate.calibrate`).
         statistics: for AdaMerge (`tokmerge.rates.similarity_statistics`).
+        guide: for the guided threshold (`tokmerge.guided.fit`).
         parameters: values interpolated over the depth; methods with two profiles get half of them for each.
 
     Raises:
@@ -44,19 +52,24 @@ def families(
     """
     if parameters % 2 or parameters < 4:
         raise ValueError(f"parameters is {parameters}: an even number from 4 is needed")
-    most = STEEPEST * n_tokens / depth
+    half, whole = parameters // 2, {"share": (0.0, 1.0)}
 
-    def schedule(method: Callable[..., Policy], highest: float = most) -> Space:
-        def build(r: Sequence[float]) -> Configuration:
-            return Configuration(method(counts(r)))
+    def schedule(method: Callable[..., Policy], times: float = 1.0) -> Space:
+        def build(share: Sequence[float]) -> Configuration:
+            return Configuration(method(tuple(round(times * r) for r in counts(share, n_tokens))))
 
-        return Space(depth, {"r": (0.0, highest)}, build, parameters, settled={"method": method.__name__})
+        return Space(depth, whole, build, parameters, settled={"method": str(method((1,) * depth))})
 
     def static(prune: Sequence[float], merge: Sequence[float]) -> Configuration:
-        return Configuration(StaticRates(counts(prune), counts(merge)))
+        left, pruned, merged = n_tokens, [], []
+        for first, second in zip(prune, merge, strict=True):
+            pruned.append(removed(first, left))
+            merged.append(removed(second, left - pruned[-1]))
+            left -= pruned[-1] + merged[-1]
+        return Configuration(StaticRates(pruned, merged))
 
     def capped(u: Sequence[float], cap: Sequence[float]) -> Configuration:
-        return Configuration(CappedThreshold(calibration.thresholds(u), counts(cap)))
+        return Configuration(CappedThreshold(calibration.thresholds(u), counts(cap, n_tokens)))
 
     def relative(z: Sequence[float]) -> Configuration:
         return Configuration(RelativeThreshold(tuple(z)))
@@ -64,27 +77,113 @@ def families(
     def adamerge(r: Sequence[int]) -> Policy:
         return AdaMerge(r, *statistics)
 
-    half, even = parameters // 2, (0.0, most)
     return {
+        "guided threshold": guided_space(depth, calibration, guide, parameters),
         "threshold": threshold_space("calibrated", depth, calibration, parameters),
-        "capped threshold": Space(depth, {"u": (0.0, 1.0), "cap": even}, capped, half),
+        "capped threshold": Space(depth, {"u": (0.0, 1.0), "cap": (0.0, 1.0)}, capped, half),
         "relative threshold": Space(depth, {"z": (-3.0, 3.0)}, relative, parameters, rising=False),
         "ToMe": schedule(TopR),
+        "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
         "PiToMe": schedule(PiToMe),
         "ToFu": schedule(ToFu),
         # The share of r that an average image loses is one half.
-        "AdaMerge": schedule(adamerge, 2 * most),
-        "DiffRate": Space(depth, {"prune": even, "merge": even}, static, half),
+        "AdaMerge": schedule(adamerge, 2.0),
+        "DiffRate": Space(depth, {"prune": (0.0, 1.0), "merge": (0.0, 1.0)}, static, half),
         "attention pruning": schedule(AttentionPruning),
-        "random merging": schedule(RandomMerging),
-        "random pruning": schedule(RandomPruning),
     }
 
 
-def counts(values: Sequence[float]) -> tuple[int, ...]:
-    """Rounded to whole tokens.
+def guided_space(depth: int, calibration: Calibration, guide: Guide, parameters: int) -> Space:
+    """Shares to merge at the first block, and over the others for sure and for unsure images.
 
-    >>> counts([0.2, 3.7])
-    (0, 4)
+    Args:
+        depth: number of blocks.
+        calibration: maps shares to thresholds.
+        guide: tells sure from unsure images.
+        parameters: one is the first block's, the others' profiles share the rest; the unsure images' gets the odd one.
     """
-    return tuple(round(value) for value in values)
+    n_sure = (parameters - 1) // 2
+    names = {
+        "sure": [f"sure_{index:02d}" for index in range(n_sure)],
+        "unsure": [f"unsure_{index:02d}" for index in range(parameters - 1 - n_sure)],
+    }
+
+    def build(first: float, **shares: float) -> Configuration:
+        profiles = {}
+        for kind, knots in names.items():
+            places = np.linspace(1, depth - 1, len(knots))
+            rest = np.interp(range(1, depth), places, [shares[name] for name in knots])
+            profiles[kind] = calibration.thresholds([first, *rest.tolist()])
+        return Configuration(GuidedThreshold(profiles["sure"], profiles["unsure"], guide.limits(SURE), guide))
+
+    scalars = dict.fromkeys(["first", *names["sure"], *names["unsure"]], (0.0, 1.0))
+    return Space(depth, {}, build, settled={"sure": SURE, "limits": guide.limits(SURE)}, scalars=scalars)
+
+
+def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Space:
+    """A space joined with the precision of the values that are sent.
+
+    Args:
+        space: of the policy.
+        split_layer: blocks that run before the tokens are sent.
+        precisions: of `tokmerge.wire.PRECISIONS`, coarser and coarser; one parameter, rounded down, chooses.
+    """
+
+    def build(coarseness: float, **rest: Any) -> Configuration:
+        chosen = precisions[min(int(coarseness), len(precisions) - 1)]
+        return replace(space.build(**rest), precision=chosen, split_layer=split_layer)
+
+    settled = {**space.settled, "split_layer": split_layer, "precisions": list(precisions)}
+    scalars = {**space.scalars, "coarseness": (0.0, float(len(precisions)))}
+    return replace(space, build=build, settled=settled, scalars=scalars)
+
+
+def rebuild(row: Mapping[str, Any], guide: Guide) -> Configuration:
+    """The configuration that `Configuration.row` gave this row.
+
+    Args:
+        row: policy, its own fields, precision, split_layer if set.
+        guide: of a guided threshold, fitted to the same images again.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    fields = dict(row)
+    name, sent = (
+        fields.pop("policy"),
+        {"precision": fields.pop("precision"), "split_layer": fields.pop("split_layer", None)},
+    )
+    if name == "None":
+        return Configuration(None, **sent)
+    if name == "GuidedThreshold":
+        fields["guide"] = guide
+    kind = getattr(tokmerge, name, None)
+    if kind is None:
+        raise ValueError(f"unknown policy {name!r}")
+    return Configuration(kind(**fields), **sent)
+
+
+def counts(shares: Sequence[float], n_tokens: int) -> tuple[int, ...]:
+    """Tokens to lose at every block: a share of what those still present could lose to a bipartite match.
+
+    Args:
+        shares: between 0 and 1, one per block.
+        n_tokens: before the first block.
+
+    >>> counts([1.0, 0.5, 0.0], 8)
+    (4, 1, 0)
+    """
+    found = []
+    for share in shares:
+        found.append(removed(share, n_tokens))
+        n_tokens -= found[-1]
+    return tuple(found)
+
+
+def removed(share: float, n_tokens: int) -> int:
+    """A share of the half of n tokens.
+
+    >>> removed(0.5, 9)
+    2
+    """
+    return round(share * (n_tokens // 2))

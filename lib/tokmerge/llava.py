@@ -6,12 +6,18 @@
     server   projector                                            (where the cut is "tower")
              prompt with one placeholder per surviving token, left padded; language model
 
-Every sample keeps its own number of visual tokens. They enter through the model's public ``inputs_embeds``,
-``attention_mask`` and ``position_ids``; neither its class nor its weights nor its methods are touched.
+Every sample keeps its own number of visual tokens. The language model's layers are run as they are
+(`tokmerge.language`); neither its class nor its weights nor its methods are touched.
 
 *Positions.* "consecutive": the prompt is numbered as it is read. "first": a merged token takes the position of
 the first patch it stands for, and the text after the image goes on where it would without merging. The server
-then needs those positions: each is sent, plus one, in the wire format's field for sizes.
+then needs those positions.
+
+*Weights.* "one": to the language model every visual token is one token. "size": it counts as often as the patches
+it stands for would have, by the logarithm of their number in the attention scores. The server then needs sizes.
+
+*Precision.* The server computes with what int8 and int4 leave of the values; the 16-bit formats, whose rounding
+changes no answer, only set the length of the payload.
 """
 
 from dataclasses import replace
@@ -23,13 +29,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from tokmerge import clip, wire
+from tokmerge import clip, language, wire
 from tokmerge.cost import LanguageCost, linear_macs
+from tokmerge.language import Prompts, Pruning
 from tokmerge.policies import Policy
 from tokmerge.visual import LlavaRecord, Seen, first_patches, merge_output
 
 CUTS = ("cheaper", "tower", "projector")
 POSITIONS = ("consecutive", "first")
+WEIGHTS = ("one", "size")
 # Language models whose matrix products `LanguageCost` counts.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
 
@@ -44,11 +52,13 @@ class MergedLlava(nn.Module):
         positions: how visual tokens are numbered, one of `POSITIONS`.
         cut: where the payload is taken, "tower" or "projector".
         precision: of the token values in the payload.
+        weights: what a visual token counts for, one of `WEIGHTS`.
+        pruning: of visual tokens inside the language model; None for none.
     """
 
     def __init__(
         self, model: LlavaForConditionalGeneration, tower: clip.MergedTower, output_policy: Policy | None,
-        positions: str, cut: str, precision: str,
+        positions: str, cut: str, precision: str, weights: str, pruning: Pruning | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -57,6 +67,8 @@ class MergedLlava(nn.Module):
         self.positions = positions
         self.cut = cut
         self.precision = precision
+        self.weights = weights
+        self.pruning = pruning
         self.cost = LanguageCost.of(model)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -86,7 +98,8 @@ class MergedLlava(nn.Module):
         first = first_patches(tokens) if numbered else None
         if not source:
             tokens = replace(tokens, source=None)
-        return Seen(tokens, first, self.precision, record.tokens, record.macs, projector_macs)
+        weighed, n = self.weights == "size", self.tower.n_features
+        return Seen(tokens, first, weighed, n, self.precision, record.tokens, record.macs, projector_macs)
 
     def forward(
         self, input_ids: Tensor, images: Tensor | Seen, attention_mask: Tensor | None = None, logits_to_keep: int = 0
@@ -101,14 +114,15 @@ class MergedLlava(nn.Module):
             logits_to_keep: how many last positions to score; 0 for all.
 
         Returns:
-            logits (B, longest, vocabulary), aligned to the right, and the record.
+            logits (B, longest, vocabulary), aligned to the right, of the tokens that are not pruned, and the record.
 
         Raises:
             RuntimeError: the model is in training mode.
             ValueError: a row without, or with another number of placeholders; images of the wrong shape or number.
         """
-        inputs, record, _ = self._prompts(input_ids, images, attention_mask)
-        return self.model(**inputs, logits_to_keep=logits_to_keep).logits, record
+        prompts, record = self._prompts(input_ids, images, attention_mask)
+        left = language.read(self.model, prompts, self.pruning)
+        return self.model.lm_head(left.x[:, -logits_to_keep:]), record
 
     def generate(
         self, input_ids: Tensor, images: Tensor | Seen, attention_mask: Tensor | None = None, max_new_tokens: int = 16
@@ -125,53 +139,62 @@ class MergedLlava(nn.Module):
         Raises:
             ValueError: also a prompt that ends with the image, if positions are not consecutive.
         """
-        inputs, record, after = self._prompts(input_ids, images, attention_mask)
-        if self.positions == "first" and min(after) == 0:
-            # Generation counts on from the last position, which here need not be the largest.
-            raise ValueError(f"prompt {after.index(0)} ends with the image: positions='first' needs text after it")
-        model: Any = self.model
-        new: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        prompts, record = self._prompts(input_ids, images, attention_mask)
+        if self.positions == "first" and (ends := prompts.visual[:, -1]).any():
+            # Generation counts on from the last position, which here need not be the image's end.
+            raise ValueError(
+                f"prompt {int(ends.int().argmax())} ends with the image: positions='first' needs text after it"
+            )
+        new, scores = language.generate(self.model, prompts, max_new_tokens, self.pruning)
         eos = self.model.generation_config.eos_token_id
         ends = torch.isin(new, torch.tensor([] if eos is None else eos, dtype=new.dtype, device=new.device))
         generated = ((ends.cumsum(1) - ends.long()) == 0).sum(1)
-        decode_macs = self.cost.decode(record.prompt, generated)
-        return new, replace(record, generated=generated, decode_macs=decode_macs)
+        decode_macs = self.cost.decode(record.prompt, record.left, self._pruned, generated)
+        return new, replace(record, generated=generated, decode_macs=decode_macs, scores=scores)
+
+    @property
+    def _pruned(self) -> int:
+        """Layers of the language model after the pruning."""
+        return 0 if self.pruning is None else self.cost.depth - self.pruning.layer
 
     def _prompts(
         self, input_ids: Tensor, images: Tensor | Seen, attention_mask: Tensor | None
-    ) -> tuple[dict[str, Tensor], LlavaRecord, list[int]]:
-        """The language model's inputs, the record, and how many text tokens follow each image."""
+    ) -> tuple[Prompts, LlavaRecord]:
+        """What the language model reads, and the record."""
         if self.training:
             raise RuntimeError("token merging is for inference: call .eval() first")
         seen = images if isinstance(images, Seen) else self.see(images)
         if len(input_ids) != len(seen):
             raise ValueError(f"{len(input_ids)} prompts for {len(seen)} images")
         visual = seen.tokens.x
+        if self.precision in ("int8", "int4"):
+            visual = wire.quantise(visual.float(), self.precision).to(visual.dtype)
         if self.cut == "tower":
             projector: Any = self.model.model.multi_modal_projector
             visual = projector(visual)
         counts, embed = seen.tokens.layout.counts, self.model.get_input_embeddings()
         firsts = [None] * len(counts) if seen.first is None else seen.first.split(counts)
-        embeds, positions, after = [], [], []
+        embeds, positions, is_visual, weights = [], [], [], []
+        weight = seen.sizes.to(self.model.dtype).log().split(counts)
         for row, (tokens, first) in enumerate(zip(visual.split(counts), firsts, strict=True)):
             ids = input_ids[row] if attention_mask is None else input_ids[row][attention_mask[row].bool()]
             start, end = self._placeholders(ids, row)
             embeds.append(torch.cat([embed(ids[:start]), tokens.to(self.model.dtype), embed(ids[end:])]))
             here = torch.arange(len(embeds[-1]), device=ids.device)
-            after.append(len(ids) - end)
+            is_visual.append((here >= start) & (here < start + len(tokens)))
+            weights.append(torch.zeros_like(here, dtype=self.model.dtype).masked_scatter_(is_visual[-1], weight[row]))
             if first is not None:
-                tail = here[: after[-1]] + start + self.tower.n_features
+                tail = here[: len(ids) - end] + start + self.tower.n_features
                 here = torch.cat([here[:start], first + start, tail])
             positions.append(here)
         prompt = torch.tensor([len(row) for row in positions], device=input_ids.device)
-        masks = [torch.ones_like(row) for row in positions]
-        # Always with a mask: without one transformers takes a jump in the positions for another document.
-        inputs = {
-            name: pad_sequence(rows, batch_first=True, padding_side="left")
-            for name, rows in (("inputs_embeds", embeds), ("attention_mask", masks), ("position_ids", positions))
-        }
-        zeros = torch.zeros_like(prompt)
-        return inputs, LlavaRecord(seen, prompt, zeros, self.cost.prefill(prompt), zeros), after
+        there = [torch.ones_like(row, dtype=torch.bool) for row in positions]
+        columns = [embeds, there, positions, is_visual, *([weights] if seen.weighed else [])]
+        prompts = Prompts(*(pad_sequence(rows, batch_first=True, padding_side="left") for rows in columns))
+        n, zeros = seen.tokens.lengths, torch.zeros_like(prompt)
+        left = prompt if self.pruning is None else prompt - n + self.pruning.left(n)
+        prefill_macs = self.cost.prefill(prompt, left, self._pruned)
+        return prompts, LlavaRecord(seen, prompt, left, zeros, prefill_macs, zeros)
 
     def _placeholders(self, ids: Tensor, row: int) -> tuple[int, int]:
         """Where the run of placeholders starts and ends."""
@@ -187,7 +210,7 @@ class MergedLlava(nn.Module):
 
 def patch(
     model: nn.Module, policy: Policy | None, *, output_policy: Policy | None = None, positions: str = "consecutive",
-    cut: str = "cheaper", precision: str = "float16",
+    cut: str = "cheaper", precision: str = "float16", weights: str = "one", pruning: Pruning | None = None,
 ) -> MergedLlava:  # fmt: skip
     """Attach merge policies to a LLaVA, or replace those a patched one has.
 
@@ -199,6 +222,8 @@ def patch(
         cut: where the tokens are sent, after the "tower" or the "projector". "cheaper" is after the tower
             unless the projector narrows the tokens or its output merges.
         precision: of the token values in the payload, one of `tokmerge.wire.PRECISIONS`.
+        weights: what a visual token counts for in the language model, "one" or "size".
+        pruning: of visual tokens inside the language model.
 
     Raises:
         TypeError: the model or a policy is of an unsupported kind.
@@ -223,6 +248,7 @@ def patch(
         ("cut", cut, CUTS),
         ("positions", positions, POSITIONS),
         ("precision", precision, wire.PRECISIONS),
+        ("weights", weights, WEIGHTS),
     ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
@@ -238,7 +264,10 @@ def patch(
     # transformers cuts the first token off whatever the tower is, so for a tower without CLS a patch.
     skip = 1 if config.vision_feature_select_strategy == "default" else 0
     tower = clip.patch(model.model.vision_tower, policy, layer=config.vision_feature_layer, skip=skip)
-    return MergedLlava(model, tower, output_policy, positions, cut, precision).train(model.training)
+    depth = config.text_config.num_hidden_layers
+    if pruning is not None and pruning.layer >= depth:
+        raise ValueError(f"{pruning}: the language model has {depth} layers, and at least one has to come after it")
+    return MergedLlava(model, tower, output_policy, positions, cut, precision, weights, pruning).train(model.training)
 
 
 def unpatch(merged: MergedLlava) -> LlavaForConditionalGeneration:

@@ -72,6 +72,7 @@ class Context:
         sizes: (T,) patches each token stands for; None for all ones.
         layout: which rows belong to which image.
         qkv: (T, 3, H, d) queries, keys and values of the layer; None where there are none.
+        place: (T, 2) row and column of each token in the patch grid; None where it is not known.
     """
 
     layer: int
@@ -81,6 +82,7 @@ class Context:
     sizes: Tensor | None
     layout: Layout
     qkv: Tensor | None = None
+    place: Tensor | None = None
 
     @cached_property
     def padded_metric(self) -> Tensor:
@@ -120,8 +122,16 @@ def features(kind: str, x: Tensor, keys: Tensor) -> Tensor:
     return F.normalize(x if kind == "tokens" else reduce(torch.add, keys.unbind(1)), dim=-1)
 
 
-def match(context: Context) -> Matches:
-    """Alternate the unprotected tokens between A and B; each a in A takes its most similar b in B."""
+def match(context: Context, reach: float | None = None) -> Matches:
+    """Alternate the unprotected tokens between A and B; each a in A takes its most similar b in B.
+
+    Args:
+        context: the layer's.
+        reach: most rows and most columns of the patch grid that may lie between a and b; None for any.
+
+    Raises:
+        ValueError: places are needed and not known.
+    """
     layout, first = context.layout, context.protected
     metric = context.padded_metric
     scores = metric[:, first::2] @ metric[:, first + 1 :: 2].transpose(1, 2)
@@ -131,6 +141,12 @@ def match(context: Context) -> Matches:
         return Matches(scores.new_full(rows_a.shape, float("-inf")), rows_a, rows_a)
     if not layout.uniform:
         scores.masked_fill_(~layout.valid[:, None, first + 1 :: 2], float("-inf"))
+    if reach is not None:
+        if context.place is None:
+            raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
+        place = layout.pad(context.place)
+        apart = torch.cdist(place[:, first::2], place[:, first + 1 :: 2], p=float("inf"))
+        scores = scores.masked_fill(apart > reach, float("-inf"))
     similarity, best = scores.max(dim=-1)
     if not layout.uniform:
         similarity = similarity.masked_fill(~layout.valid[:, first::2], float("-inf"))
@@ -155,6 +171,7 @@ def step(tokens: Packed, policy: "Policy | None", *, layer: int, depth: int, pro
         sizes=tokens.sizes,
         layout=tokens.layout,
         qkv=qkv,
+        place=tokens.place,
     )
     return apply(tokens, policy.select(context))
 
@@ -182,6 +199,12 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
     total.index_add_(0, dst, total.index_select(0, src))
     sizes, mass = (part.index_add(0, dst, part.index_select(0, src)).index_select(0, kept) for part in (sizes, weights))
     merged = total.index_select(0, kept) / mass[:, None].to(x.dtype)
+    place = tokens.place
+    if place is not None:
+        before = torch.ones(len(x), device=x.device) if tokens.sizes is None else tokens.sizes
+        heavy = place * before[:, None].to(place.dtype)
+        heavy = heavy.index_add(0, dst, heavy.index_select(0, src)).index_select(0, kept)
+        place = heavy / sizes[:, None].to(place.dtype)
     if keep_norm:
         norms = x.norm(dim=1)
         target = norms.scatter_reduce(0, dst, norms[src], "amax")[kept]
@@ -197,7 +220,7 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
         rows = target_row[source + layout.offsets[:, None]]
         moved = (alive.cumsum(0) - 1)[rows] - new_layout.offsets[:, None]
         source = torch.where((source < 0) | ~alive[rows], -1, moved)
-    return Packed(merged, new_layout, sizes, source)
+    return Packed(merged, new_layout, sizes, source, place)
 
 
 def unmerge(packed: Packed, source: Tensor) -> Tensor:

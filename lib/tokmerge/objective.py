@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokmerge import data, evaluate, models, paths, store
+from tokmerge import data, evaluate, models, paths, store, wire
 from tokmerge.data import Batch
 from tokmerge.evaluate import Outcome
 from tokmerge.spaces import Configuration
@@ -78,8 +78,19 @@ class Objective:
         return evaluate.split_batch(first, self.batch_size)
 
     def _run(self, configuration: Configuration, n: int) -> Outcome:
-        merged = patch(self.model, configuration.policy, precision=configuration.precision)
-        return evaluate.run(merged, self.batches(n))
+        return run(self.model, configuration, self.batches(n))
+
+
+def run(model: nn.Module, configuration: Configuration, batches: Iterable[Batch]) -> Outcome:
+    """What a model does under a configuration; the server works on values of the precision that was sent.
+
+    At 16 bits and more it works on the device's own: rounding changes the scores by less than one in a thousand.
+    """
+    precision = configuration.precision
+    merged = patch(model, configuration.policy, precision=precision, split_layer=configuration.split_layer)
+    if precision not in ("int8", "int4"):
+        return evaluate.run(merged, batches)
+    return evaluate.run(merged, batches, through=lambda sent: sent.with_x(wire.quantise(sent.x, precision)))
 
 
 def compare(merged: Outcome, unmerged: Outcome) -> dict[str, float]:

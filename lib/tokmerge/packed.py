@@ -79,12 +79,15 @@ class Packed:
         sizes: (T,) patches each token stands for; None while nothing has merged (all ones).
         source: (B, N) int64: which of its image's tokens each original token is now part of, -1 if it
             was dropped; None unless asked for.
+        place: (T, 2) row and column in the patch grid, of a merged token the mean over its patches; None
+            where the grid is not known.
     """
 
     x: Tensor
     layout: Layout
     sizes: Tensor | None = None
     source: Tensor | None = None
+    place: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:

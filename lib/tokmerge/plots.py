@@ -249,7 +249,7 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
     methods = list(dict.fromkeys(points.method))
     shades = colormaps["tab20"](np.arange(len(methods)) % 20)
     for method, shade in zip(methods, shades, strict=True):
-        part, ours = points[points.method == method], "threshold" in method
+        part, ours = points[points.method == method], "threshold" in method or method == "front"
         ax.errorbar(
             part[column], 100 * part.top1_drop, 196 * part.top1_drop_sem, label=method, color=shade,
             fmt="o" if part.searched.iloc[0] else "s", elinewidth=0.6, ms=6 if ours else 4,
@@ -257,3 +257,41 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
         )  # fmt: skip
     ax.axhline(0.5, color=COLORS["unmerged"], lw=0.8, ls="--")
     ax.set(xlabel=LABELS[column], xlim=(0, None))
+
+
+FAMILIES = {
+    "unmerged": ("#333333", "-"),
+    "cut off": ("#999999", "--"),
+    "fixed ratio": ("#E69F00", "-"),
+    "adaptive": ("#0072B2", "-"),
+    "jpeg": ("#CC79A7", ":"),
+    "webp": ("#882255", ":"),
+    "analog cut off": ("#D55E00", "--"),
+    "analog adaptive": ("#009E73", "-"),
+    "learned adaptive": ("#56B4E9", "-"),
+}
+
+
+def draw_link(ax: Axes, table: pd.DataFrame, families: Sequence[str] | None = None) -> None:
+    """Accuracy against SNR with 95 % bands: columns snr_db, family, top1, top1_half."""
+    for family in families or list(dict.fromkeys(table.family)):
+        part = table[table.family == family].sort_values("snr_db")
+        color, line = FAMILIES[family]
+        ax.plot(part.snr_db, 100 * part.top1, line, color=color, label=family, marker=".")
+        ax.fill_between(
+            part.snr_db, 100 * (part.top1 - part.top1_half), 100 * (part.top1 + part.top1_half), color=color, alpha=0.12
+        )
+    ax.set_xlabel("SNR (dB)")
+    ax.set_ylabel("top-1 (%)")
+    ax.legend(fontsize=7, ncols=2)
+
+
+def draw_trace(ax: Axes, table: pd.DataFrame) -> None:
+    """Accuracy against latency of every choice over a fading trace: columns kind, choice, top1, latency_s."""
+    fixed = table[table.kind == "fixed"]
+    ax.scatter(1e3 * fixed.latency_s, 100 * fixed.top1, s=14, color="#999999", label="fixed choices")
+    for color, row in zip(("#0072B2", "#D55E00", "#E69F00"), table[table.kind == "policy"].itertuples(), strict=False):
+        ax.scatter(1e3 * row.latency_s, 100 * row.top1, s=60, marker="*", color=color, label=row.choice)
+    ax.set_xlabel("mean latency (ms)")
+    ax.set_ylabel("top-1 over the trace (%)")
+    ax.legend(fontsize=7)

@@ -1,7 +1,7 @@
 """Search spaces: a point is a few numbers between bounds, and stands for a configuration that can be evaluated."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,23 @@ class Configuration:
     Attributes:
         policy: what merges; None for nothing.
         precision: of the token values in the payload.
+        split_layer: blocks that run before the tokens are sent; None for all.
     """
 
     policy: Policy | None
     precision: str = "float16"
+    split_layer: int | None = None
 
     def row(self) -> dict[str, Any]:
-        """The configuration as columns of a table: policy, its own fields, precision."""
+        """The configuration as columns of a table: policy, the fields its repr shows, precision, split_layer if set."""
+        sent: dict[str, Any] = {"precision": self.precision}
+        if self.split_layer is not None:
+            sent["split_layer"] = self.split_layer
         if self.policy is None:
-            return {"policy": "None", "precision": self.precision}
-        values = asdict(self.policy)  # type: ignore[call-overload]
-        return {"policy": type(self.policy).__name__, **values, "precision": self.precision}
+            return {"policy": "None", **sent}
+        shown = [part.name for part in fields(self.policy) if part.repr]  # type: ignore[arg-type]
+        values = {name: getattr(self.policy, name) for name in shown}
+        return {"policy": type(self.policy).__name__, **values, **sent}
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,11 @@ class Space:
     Args:
         depth: number of blocks.
         profiles: values that vary over the depth, by name, with the lowest and the highest.
-        build: takes every profile as a list of ``depth`` values, by name, and gives the configuration.
+        build: takes every profile as a list of ``depth`` values and every scalar, by name, and gives the configuration.
         knots: None for one parameter per block; else this many per profile, interpolated linearly over the depth.
         rising: larger values merge more.
         settled: what else tells this space from others.
+        scalars: values that do not vary over the depth, by name, with the lowest and the highest.
 
     Raises:
         ValueError: a number of knots outside 2 to depth.
@@ -60,6 +67,7 @@ class Space:
     knots: int | None = None
     rising: bool = True
     settled: Mapping[str, Any] = field(default_factory=dict)
+    scalars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.knots is not None and not 2 <= self.knots <= self.depth:
@@ -69,7 +77,8 @@ class Space:
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Lowest and highest value of each parameter."""
         n = self.knots or self.depth
-        return {f"{name}_{index:02d}": limits for name, limits in self.profiles.items() for index in range(n)}
+        over_depth = {f"{name}_{index:02d}": limits for name, limits in self.profiles.items() for index in range(n)}
+        return {**over_depth, **self.scalars}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -81,9 +90,8 @@ class Space:
         n = self.knots or self.depth
         places = np.linspace(0, self.depth - 1, n)
         values = {name: [float(parameters[f"{name}_{index:02d}"]) for index in range(n)] for name in self.profiles}
-        return self.build(
-            **{name: np.interp(range(self.depth), places, part).tolist() for name, part in values.items()}
-        )
+        over_depth = {name: np.interp(range(self.depth), places, part).tolist() for name, part in values.items()}
+        return self.build(**over_depth, **{name: float(parameters[name]) for name in self.scalars})
 
     def curve(self, n: int) -> list[dict[str, float]]:
         """n choices with all parameters equal, evenly spaced inside the bounds: the uniform-threshold curve."""

@@ -19,6 +19,8 @@ class Seen:
         tokens: packed (T, D) tokens, of the tower or of the projector; their source map says which token each
             patch is part of, if it was asked for.
         first: (T,) int64 first patch that each token stands for; None if the server need not know.
+        weighed: the server needs the tokens' sizes.
+        n_patches: tokens of an unmerged image.
         precision: of the values in the payload, one of `tokmerge.wire.PRECISIONS`.
         layers: (B, l + 1) int64, tokens entering each layer of the tower, and after the last.
         vision_macs: (B,) int64, of the tower.
@@ -27,6 +29,8 @@ class Seen:
 
     tokens: Packed
     first: Tensor | None
+    weighed: bool
+    n_patches: int
     precision: str
     layers: Tensor
     vision_macs: Tensor
@@ -36,16 +40,32 @@ class Seen:
         return len(self.layers)
 
     @property
+    def sizes(self) -> Tensor:
+        """(T,) int64 patches that each token stands for."""
+        sizes = self.tokens.sizes
+        whole = sizes if sizes is not None else self.tokens.x.new_ones(len(self.tokens.x))
+        return whole.round().long()
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """(T,) int64, what travels in the wire format's field for sizes; None for nothing.
+
+        Sizes, or first patches plus one; of both, n_patches (size - 1) + first + 1.
+        """
+        if self.first is None:
+            return self.sizes if self.weighed else None
+        return self.first + 1 + (self.n_patches * (self.sizes - 1) if self.weighed else 0)
+
+    @property
     def payload_bytes(self) -> Tensor:
         """(B,) int64, length of each of the `payloads`."""
-        numbers = None if self.first is None else self.first + 1
-        return wire.payload_bytes(self.tokens.lengths, self.tokens.x.shape[1], self.precision, numbers)
+        return wire.payload_bytes(self.tokens.lengths, self.tokens.x.shape[1], self.precision, self.numbers)
 
     def payloads(self) -> list[bytes]:
-        """Each image's bytes. First patches travel, plus one, in the wire format's field for sizes."""
-        counts = self.tokens.layout.counts
-        numbers = [None] * len(counts) if self.first is None else (self.first + 1).split(counts)
-        pairs = zip(self.tokens.split(), numbers, strict=True)
+        """Each image's bytes."""
+        counts, numbers = self.tokens.layout.counts, self.numbers
+        split = [None] * len(counts) if numbers is None else numbers.split(counts)
+        pairs = zip(self.tokens.split(), split, strict=True)
         return [wire.encode(x, number, self.precision) for x, number in pairs]
 
     def pick(self, rows: Tensor) -> "Seen":
@@ -53,7 +73,7 @@ class Seen:
         old, new = self.tokens.layout, Layout(self.tokens.lengths[rows])
         shift = (old.offsets[rows] - new.offsets).repeat_interleave(new.lengths)
         index = torch.arange(len(shift), device=shift.device) + shift
-        sizes, source = self.tokens.sizes, self.tokens.source
+        sizes, source, place = self.tokens.sizes, self.tokens.source, self.tokens.place
         return replace(
             self,
             tokens=Packed(
@@ -61,6 +81,7 @@ class Seen:
                 new,
                 None if sizes is None else sizes[index],
                 None if source is None else source[rows],
+                None if place is None else place[index],
             ),
             first=None if self.first is None else self.first[index],
             layers=self.layers[rows],
@@ -76,16 +97,20 @@ class LlavaRecord:
     Attributes:
         seen: the images as they were sent.
         prompt: (B,) int64, tokens the language model read, the image's included.
+        left: (B,) int64, those of them that the language model's last layers read.
         generated: (B,) int64, tokens of the answer, end of text included; 0 if nothing was generated.
+        scores: (B, vocabulary) of the first answer token; None if nothing was generated.
         prefill_macs: (B,) int64.
         decode_macs: (B,) int64.
     """
 
     seen: Seen
     prompt: Tensor
+    left: Tensor
     generated: Tensor
     prefill_macs: Tensor
     decode_macs: Tensor
+    scores: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -118,7 +143,7 @@ def merge_output(tokens: Packed, policy: Policy) -> tuple[Packed, Tensor]:
         return tokens, torch.zeros_like(n)
     metric = F.normalize(tokens.x, dim=-1)
     context = merge.Context(
-        layer=0, depth=1, protected=0, metric=metric, sizes=tokens.sizes, layout=tokens.layout
+        layer=0, depth=1, protected=0, metric=metric, sizes=tokens.sizes, layout=tokens.layout, place=tokens.place
     )  # fmt: skip
     merged = merge.apply(tokens, policy.select(context))
     left = merged.lengths

@@ -144,14 +144,16 @@ class MergedViT(nn.Module):
         return tokens, record
 
     def sent_sizes(self, sent: Packed) -> Tensor | None:
-        """(T,) sizes that travel with the tokens; None where the server does not need them.
-
-        After the last block a class-token head reads no sizes; everything else weighs tokens by them.
-        """
-        blocks = len(self.model.blocks)
-        if self.policy is None or (self.split_layer == blocks and self.model.global_pool == "token"):
+        """(T,) sizes that travel with the tokens; None where the server does not need them."""
+        if not self.server_needs_sizes:
             return None
         return torch.ones(len(sent.x), device=sent.x.device) if sent.sizes is None else sent.sizes
+
+    @property
+    def server_needs_sizes(self) -> bool:
+        """After the last block a class-token head reads no sizes; everything else weighs tokens by them."""
+        last = self.split_layer == len(self.model.blocks)
+        return self.policy is not None and not (last and self.model.global_pool == "token")
 
     def _edge(self, images: Tensor, source: bool) -> tuple[Packed, list[Tensor]]:
         """The tokens at the split, and the (B,) counts that entered each block before it."""

@@ -6,7 +6,7 @@ computes it, oddities included, so that numbers compare with published ones.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from tokmerge import store
 from tokmerge.llava import MergedLlava
 from tokmerge.questions import Question, QuestionSet
-from tokmerge.visual import Seen
+from tokmerge.visual import LlavaRecord
 
 # LLaVA-1.5's prompt for short answers (Liu et al., 2310.03744, table 7).
 TEMPLATE = "USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
@@ -147,32 +147,30 @@ def run(
                 [template.format(question=question.text) for question in asked], padding=True, return_tensors="pt"
             ).to(device)
             seen = merged.see(pixels.to(device)).pick(picks.to(device))
-            rows.append(answer(merged, processor, asked, prompts, seen, max_new_tokens, normalised))
+            new, record = merged.generate(prompts["input_ids"], seen, prompts["attention_mask"], max_new_tokens)
+            rows.append(tabulate(processor, asked, new, record, normalised))
             bar.update(len(batch))
     return pd.concat(rows, ignore_index=True) if rows else score([], [])
 
 
-def answer(
-    merged: MergedLlava, processor: Any, asked: Sequence[Question], prompts: Mapping[str, torch.Tensor], seen: Seen,
-    max_new_tokens: int = 16, normalised: bool = False,
-) -> pd.DataFrame:  # fmt: skip
-    """Let a model answer one batch of questions about images it has seen; columns as in `run`.
+def tabulate(
+    processor: Any, asked: Sequence[Question], new: torch.Tensor, record: LlavaRecord, normalised: bool = False
+) -> pd.DataFrame:
+    """What a model answered to one batch of questions and what that took; columns as in `run`.
 
     Args:
-        merged, processor, max_new_tokens, normalised: as in `run`.
+        processor, normalised: as in `run`.
         asked: B questions.
-        prompts: their input_ids and attention_mask (B, S).
-        seen: the image of each question.
+        new, record: what `MergedLlava.generate` gives for them.
     """
-    new, record = merged.generate(prompts["input_ids"], seen, prompts["attention_mask"], max_new_tokens)
     texts = [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
     answers = [normalise(text) if normalised else text for text in texts]
     took = {
         "tokens": record.visual,
         "prompt": record.prompt,
         "generated": record.generated,
-        "vision_macs": seen.vision_macs,
-        "projector_macs": seen.projector_macs,
+        "vision_macs": record.seen.vision_macs,
+        "projector_macs": record.seen.projector_macs,
         "prefill_macs": record.prefill_macs,
         "decode_macs": record.decode_macs,
         "macs": record.macs,

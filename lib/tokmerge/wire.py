@@ -32,14 +32,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAGIC = b"TM"
-VERSION = 1
+MAGIC, VERSION = b"TM", 1
 CHUNK_TOKENS = 16
 # Bits per value; the precision codes count them in this order.
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 PRECISIONS = tuple(_BITS)
-# Largest q.
-_LEVELS = {"int8": 127, "int4": 7}
+_LEVELS = {"int8": 127, "int4": 7}  # largest q
 
 
 class WireError(ValueError):
@@ -60,10 +58,8 @@ class Payload(NamedTuple):
     received: Tensor
 
 
-def payload_bytes(
-    lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> Tensor:  # fmt: skip
+def payload_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
+                  chunk_tokens: int = CHUNK_TOKENS) -> Tensor:  # fmt: skip
     """Exact length of what `encode` gives for each image, without encoding.
 
     Args:
@@ -82,21 +78,33 @@ def payload_bytes(
     >>> payload_bytes(torch.tensor([197, 0]), 64)
     tensor([25280,    11])
     """
+    header, image, chunk = part_bytes(lengths, embed_dim, precision, sizes, chunk_tokens)
+    return header.index_add_(0, image, chunk)
+
+
+def part_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
+               chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `payload_bytes` adds up, and refuses: (B,) bytes of the headers, (C,) image and bytes of every chunk.
+
+    >>> part_bytes(torch.tensor([17]), 64, "int8")
+    (tensor([11]), tensor([0, 0]), tensor([1060,   70]))
+    """
     _check(precision, chunk_tokens)
     lengths = lengths.long()
-    chunks = -(-lengths // chunk_tokens)
-    header = len(MAGIC) + 2 + _varint_bytes(lengths) + len(_varints([embed_dim, chunk_tokens])) + 4
-    total = header + lengths * _token_bytes(embed_dim, precision) + chunks * 4
-    if sizes is None:
-        return total
+    counts = -(-lengths // chunk_tokens)
     images = torch.arange(len(lengths), device=lengths.device)
-    image, chunk_image = images.repeat_interleave(lengths), images.repeat_interleave(chunks)
+    image, chunk_image = images.repeat_interleave(lengths), images.repeat_interleave(counts)
+    position = torch.arange(len(image), device=lengths.device) - (lengths.cumsum(0) - lengths)[image]
+    of_token = (counts.cumsum(0) - counts)[image] + position // chunk_tokens
+    held = torch.bincount(of_token, minlength=len(chunk_image))
+    header = len(MAGIC) + 2 + _varint_bytes(lengths) + len(_varints([embed_dim, chunk_tokens])) + 4
+    chunk = held * _token_bytes(embed_dim, precision) + 4
+    if sizes is None:
+        return header, chunk_image, chunk
     if len(image) != len(sizes):
         raise ValueError(f"{len(sizes)} sizes for {len(image)} tokens")
-    position = torch.arange(len(image), device=lengths.device) - (lengths.cumsum(0) - lengths)[image]
-    chunk = (chunks.cumsum(0) - chunks)[image] + position // chunk_tokens
-    section = torch.zeros_like(chunk_image).index_add_(0, chunk, _varint_bytes(sizes.long()))
-    return total.index_add_(0, chunk_image, section + _varint_bytes(section))
+    section = torch.zeros_like(chunk).index_add_(0, of_token, _varint_bytes(sizes.long()))
+    return header.index_add_(0, chunk_image, _varint_bytes(section)), chunk_image, chunk + section
 
 
 def encode(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ def start(
         objective: what evaluates a configuration, where everything stays in this process.
         factory: makes it elsewhere; called once in every worker, so it must be importable there (a function of a
             module, or `functools.partial` of one).
-        workers: how many; each gets its share of the cores. With 1 and no cluster, everything stays in this process.
+        workers: how many; each gets its share of the cores, and a GPU where there are any. With 1 and no cluster,
+            everything stays in this process.
         ray_address: of a Ray cluster (``"auto"``, ``"ray://host:10001"``, or ``"local"`` for one on this machine);
             needs the extra ``tokmerge[ray]``.
 
@@ -71,6 +72,10 @@ def attempt(objective: Evaluate, configuration: Configuration) -> Result:
 def _set_up(factory: Callable[[], Evaluate], threads: int) -> None:
     global _objective
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        # Processes are numbered from 1; with more workers than GPUs they share.
+        number = current_process()._identity[0] - 1
+        torch.cuda.set_device(number % torch.cuda.device_count())
     _objective = factory()
 
 
@@ -147,7 +152,9 @@ def _cluster(
     if ours:
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
-        kind = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1)(Worker)
+        # A worker to a GPU, where there are any.
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        kind = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1, num_gpus=gpus)(Worker)
         idle: list[Any] = [kind.remote(factory, _threads(workers)) for _ in range(workers)]
 
         def evaluate(trials: Sequence[Trial]) -> Pairs:

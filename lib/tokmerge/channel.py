@@ -1,0 +1,231 @@
+"""The physical layer: symbols over a noisy, fading channel, and bits on symbols.
+
+Complex baseband, flat block fading: the received symbols of block b are y = h_b x + n with E|x|^2 = 1 and
+n ~ CN(0, 1 / snr). The average of |h|^2 is 1, so ``snr`` is the average SNR per symbol and snr |h_b|^2 the block's own.
+The receiver divides by what it knows of h: h itself, or the estimate h + CN(0, 1 / (P snr)) that P known pilot symbols
+give. Every use of the channel counts, pilots as well.
+
+Bits: code blocks of `CODED_BITS` coded bits each, 5G LDPC (3GPP TS 38.212), Gray QAM, soft demapping, belief
+propagation, all of it from Sionna. Below rate 1/5, as in 5G, a block is repeated and its soft bits are added up.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("awgn", "rayleigh", "rician")
+MODULATIONS = {2: "QPSK", 4: "16-QAM", 6: "64-QAM", 8: "256-QAM"}
+# Coded bits of a block: a multiple of 2, 4, 6 and 8, so that every modulation fills its symbols.
+CODED_BITS = 960
+ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What the air does to a block of symbols.
+
+    Args:
+        kind: "awgn" (h = 1), "rayleigh" (h ~ CN(0, 1)) or "rician" (a line of sight beside it).
+        k_factor: Rician only: power of the line of sight over that of the rest (linear).
+        pilots: known symbols per block from which the receiver estimates h; None: it knows h, at no cost.
+
+    Raises:
+        ValueError: unknown kind, negative K-factor or no pilots.
+    """
+
+    kind: str = "awgn"
+    k_factor: float = 4.0
+    pilots: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown channel {self.kind!r}: use one of {', '.join(KINDS)}")
+        if self.k_factor < 0:
+            raise ValueError(f"k_factor is {self.k_factor}, but cannot be negative")
+        if self.pilots is not None and self.pilots < 1:
+            raise ValueError(f"pilots is {self.pilots}: give at least 1, or None for perfect knowledge")
+
+    def gains(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n,) complex64 gains h with E|h|^2 = 1."""
+        if self.kind == "awgn":
+            return torch.ones(n, dtype=torch.complex64)
+        scattered = torch.randn(n, dtype=torch.complex64, generator=generator)
+        if self.kind == "rayleigh":
+            return scattered
+        return (self.k_factor / (self.k_factor + 1)) ** 0.5 + scattered / (self.k_factor + 1) ** 0.5
+
+    def send(self, symbols: Tensor, snr_db: float, generator: torch.Generator) -> "Received":
+        """Send blocks of symbols, each through a gain of its own.
+
+        Args:
+            symbols: (n, S) complex64 of average power 1.
+            snr_db: average SNR per symbol.
+            generator: of gains, noise and estimation errors.
+        """
+        return self.send_through(self.gains(len(symbols), generator), symbols, snr_db, generator)
+
+    def send_through(self, gains: Tensor, symbols: Tensor, snr_db: float, generator: torch.Generator) -> "Received":
+        """As `send`, through given (n,) gains."""
+        noise = 10 ** (-snr_db / 10)
+        y = gains[:, None] * symbols + noise**0.5 * torch.randn(symbols.shape, dtype=symbols.dtype, generator=generator)
+        known, error = gains, 0.0
+        if self.pilots is not None:
+            error = noise / self.pilots
+            known = gains + error**0.5 * torch.randn(len(gains), dtype=gains.dtype, generator=generator)
+        # What the estimate leaves unknown of h acts like more noise.
+        return Received(y / known[:, None], (noise + error) / known.abs().square())
+
+    def uses(self, symbols: int | Tensor, blocks: int | Tensor = 1) -> Any:
+        """Channel uses of ``symbols`` in all, in so many blocks: pilots count."""
+        return symbols + blocks * (self.pilots or 0)
+
+
+@dataclass(frozen=True)
+class Received:
+    """Symbols as the receiver sees them.
+
+    Attributes:
+        symbols: (n, S) complex64, divided by what is known of the gain.
+        noise: (n,) variance of the noise that is left on them, as far as the receiver knows.
+    """
+
+    symbols: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, order=True)
+class Mcs:
+    """A modulation and coding scheme.
+
+    Args:
+        rate: share of information bits among the coded bits, at least 1/5.
+        bits: coded bits per symbol, one of `MODULATIONS`.
+        repeats: how often every block is sent.
+
+    >>> scheme = Mcs(1 / 2, bits=4)
+    >>> scheme.info_bits, scheme.uses, scheme.efficiency, str(scheme)
+    (480, 240, 2.0, '16-QAM 1/2')
+    """
+
+    rate: float
+    bits: int = 2
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bits not in MODULATIONS:
+            raise ValueError(f"{self.bits} bits per symbol: use one of {', '.join(map(str, MODULATIONS))}")
+        if not 1 / 5 - 1e-9 <= self.rate <= 0.95 or self.repeats < 1:
+            raise ValueError(f"rate {self.rate:g} x {self.repeats}: rates from 1/5 to 0.95, sent at least once")
+
+    @property
+    def info_bits(self) -> int:
+        """Information bits of a block."""
+        return round(self.rate * CODED_BITS)
+
+    @property
+    def uses(self) -> int:
+        """Channel uses of a block."""
+        return self.repeats * CODED_BITS // self.bits
+
+    @property
+    def efficiency(self) -> float:
+        """Information bits per channel use."""
+        return self.info_bits / self.uses
+
+    def blocks(self, n_bytes: int | np.ndarray | Tensor) -> Any:
+        """Blocks that so many bytes take; the last one is filled up with zeros."""
+        return -(-8 * n_bytes // self.info_bits)
+
+    def __str__(self) -> str:
+        names = {1 / 5: "1/5", 1 / 3: "1/3", 1 / 2: "1/2", 2 / 3: "2/3", 3 / 4: "3/4", 5 / 6: "5/6"}
+        name = next((name for value, name in names.items() if abs(value - self.rate) < 1e-3), f"{self.rate:.3f}")
+        return f"{MODULATIONS[self.bits]} {name}" + (f" x{self.repeats}" if self.repeats > 1 else "")
+
+
+# From a tenth of a bit per channel use to nearly seven, in steps of about 2 dB.
+LADDER = (
+    Mcs(1 / 5, 2, 4), Mcs(1 / 5, 2, 2), Mcs(1 / 5), Mcs(1 / 3), Mcs(1 / 2), Mcs(3 / 4), Mcs(1 / 2, 4), Mcs(3 / 4, 4),
+    Mcs(2 / 3, 6), Mcs(5 / 6, 6), Mcs(3 / 4, 8), Mcs(5 / 6, 8),
+)  # fmt: skip
+
+
+@cache
+def _mapping(bits: int) -> tuple[Any, Any]:
+    """Sionna's mapper and soft demapper of a Gray QAM."""
+    from sionna.phy.mapping import Constellation, Demapper, Mapper
+
+    constellation = Constellation("qam", bits)
+    return Mapper(constellation=constellation), Demapper("app", constellation=constellation)
+
+
+@cache
+def _code(info_bits: int, bits: int) -> tuple[Any, Any]:
+    """Sionna's 5G LDPC encoder and decoder."""
+    from sionna.phy.fec.ldpc import LDPC5GDecoder, LDPC5GEncoder
+
+    encoder = LDPC5GEncoder(info_bits, CODED_BITS, num_bits_per_symbol=bits)
+    return encoder, LDPC5GDecoder(encoder, hard_out=True, num_iter=ITERATIONS)
+
+
+def modulate(coded: Tensor, bits: int) -> Tensor:
+    """(n, S * bits) zeros and ones to (n, S) complex64 symbols of average power 1."""
+    return _mapping(bits)[0](coded.float())
+
+
+def soft_bits(received: Received, bits: int) -> Tensor:
+    """(n, S * bits) log-odds that a coded bit is one."""
+    return _mapping(bits)[1](received.symbols, received.noise[:, None].expand_as(received.symbols))
+
+
+@torch.inference_mode()
+def transmit(info: Tensor, scheme: Mcs, channel: Channel, snr_db: float, generator: torch.Generator) -> Tensor:
+    """Code blocks through the channel, one gain per block, decoded at the other end.
+
+    Args:
+        info: (n, info_bits) zeros and ones.
+        scheme: modulation and coding.
+        channel: the air.
+        snr_db: average SNR per symbol.
+        generator: of everything random.
+
+    Returns:
+        (n, info_bits) uint8 decoded bits.
+    """
+    encoder, decoder = _code(scheme.info_bits, scheme.bits)
+    symbols = modulate(encoder(info.float()), scheme.bits).repeat(1, scheme.repeats)
+    llr = soft_bits(channel.send(symbols, snr_db, generator), scheme.bits)
+    return decoder(llr.view(len(info), scheme.repeats, CODED_BITS).sum(1)).to(torch.uint8)
+
+
+def block_errors(scheme: Mcs, channel: Channel, snr_db: float, n: int, generator: torch.Generator) -> Tensor:
+    """(n,) bool: which of n random code blocks are decoded wrongly."""
+    info = torch.randint(0, 2, (n, scheme.info_bits), dtype=torch.uint8, generator=generator)
+    return (transmit(info, scheme, channel, snr_db, generator) != info).any(1)
+
+
+def send_bytes(
+    payload: bytes, scheme: Mcs, channel: Channel, snr_db: float, generator: torch.Generator
+) -> tuple[bytes, Tensor]:
+    """A payload through the channel.
+
+    Returns:
+        The bytes that arrive, as many as were sent, wrong ones among them; and (blocks,) bool, which blocks are wrong.
+    """
+    info = torch.zeros(scheme.blocks(len(payload)) * scheme.info_bits, dtype=torch.uint8)
+    info[: 8 * len(payload)] = torch.from_numpy(np.unpackbits(np.frombuffer(payload, np.uint8)))
+    info = info.view(-1, scheme.info_bits)
+    got = transmit(info, scheme, channel, snr_db, generator)
+    return np.packbits(got.flatten().numpy())[: len(payload)].tobytes(), (got != info).any(1)
+
+
+def uncoded_errors(
+    bits: int, channel: Channel, snr_db: float, n_blocks: int, symbols: int, generator: torch.Generator
+) -> Tensor:
+    """(n_blocks,) wrong bits of so many blocks of uncoded symbols, decided symbol by symbol."""
+    sent = torch.randint(0, 2, (n_blocks, symbols * bits), generator=generator)
+    got = soft_bits(channel.send(modulate(sent, bits), snr_db, generator), bits) > 0
+    return (got != sent.bool()).sum(1)

@@ -1,0 +1,102 @@
+"""`tokmerge serve` and `tokmerge edge`: a device and a server that talk over TCP."""
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tokmerge import data, models, paths
+from tokmerge.channel import KINDS, LADDER, Channel
+from tokmerge.edge import Radio, ask, payloads
+from tokmerge.fragments import average
+from tokmerge.front import load_front
+from tokmerge.policies import Threshold
+from tokmerge.server import Desk, Server
+from tokmerge.vit import MergedViT, patch
+from tokmerge.wire import PRECISIONS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="tokmerge", description="Merged tokens from a device to a server.")
+    commands = top.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="answer payloads over TCP")
+    edge = commands.add_parser("edge", help="send images and print what comes back")
+    for command in (serve, edge):
+        command.add_argument("--host", default="127.0.0.1")
+        command.add_argument("--port", type=int, default=7341, help="default 7341; serve: 0 for any that is free")
+        command.add_argument("--model", default=models.FASHION_VIT, help="fashion-vit (default) or a timm name")
+        command.add_argument("--split", type=int, default=6, help="blocks that run on the device (default 6)")
+        which = command.add_mutually_exclusive_group()
+        which.add_argument("--threshold", type=float, default=0.93, help="one for all blocks (default 0.93; 1: off)")
+        which.add_argument("--front", help="policy file: its point with fewest MACs within --max-drop")
+        command.add_argument("--max-drop", type=float, default=0.005, help="of accuracy, with --front (default 0.005)")
+    edge.add_argument("--precision", choices=PRECISIONS, default="int8")
+    edge.add_argument("--images", type=int, default=64, help="test images of the sample to send (default 64)")
+    edge.add_argument("--channel", choices=KINDS, default="awgn")
+    edge.add_argument("--snr", type=float, help="average SNR in dB; without it nothing is lost")
+    edge.add_argument("--scheme", type=int, default=4, choices=range(len(LADDER)),
+                      help="; ".join(f"{i}: {one}" for i, one in enumerate(LADDER)))  # fmt: skip
+    edge.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def model(given: argparse.Namespace, precision: str = "int8") -> MergedViT:
+    """The model that device and server share."""
+    policy = load_front(paths.resolve(given.front)).pick(given.max_drop) if given.front else Threshold(given.threshold)
+    return patch(models.load(given.model), policy, precision=precision, split_layer=given.split)
+
+
+def photos(merged: MergedViT, split: str) -> data.Batch:
+    """The sample that ships with the package."""
+    return data.tensors(data.load("sample", split), models.transform(merged.model))
+
+
+async def serve(given: argparse.Namespace) -> None:
+    """Run a server until interrupted."""
+    merged = model(given)
+    with torch.inference_mode():
+        prototype = average(merged.edge(photos(merged, "train").images), merged.model.num_prefix_tokens)
+    server = Server(Desk(merged, prototype))
+    host, port = await server.start(given.host, given.port)
+    print(f"serving {given.model}, split after block {given.split}, on {host}:{port}", flush=True)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await server.stop()
+
+
+async def edge(given: argparse.Namespace) -> None:
+    """Send images, print accuracy, bytes and latency."""
+    merged = model(given, given.precision)
+    batch = photos(merged, "test")
+    sent = payloads(merged, batch.images[: given.images])
+    air, uses = None, 0.0
+    if given.snr is not None:
+        generator = torch.Generator().manual_seed(given.seed)
+        air = Radio(LADDER[given.scheme], Channel(given.channel), given.snr, generator)
+        uses = float(np.mean([air.uses(len(payload)) for payload in sent]))
+    replies = await ask(sent, given.host, given.port, air)
+    right = [reply.scores is not None and int(reply.scores.argmax()) == label
+             for reply, label in zip(replies, batch.labels[: given.images].tolist(), strict=True)]  # fmt: skip
+    print(f"{len(sent)} images, {np.mean([len(payload) for payload in sent]):,.0f} bytes each"
+          + (f", {uses:,.0f} channel uses, {given.channel} at {given.snr:g} dB" if air else "")
+          + f": {np.mean(right):.1%} right, {sum(reply.scores is None for reply in replies)} refused, "
+          f"{1e3 * np.median([reply.seconds for reply in replies]):.0f} ms from sending to the answer")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    given = parser().parse_args(arguments)
+    try:
+        asyncio.run(serve(given) if given.command == "serve" else edge(given))
+    except KeyboardInterrupt:
+        pass
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"tokmerge {given.command}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

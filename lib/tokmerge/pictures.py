@@ -1,0 +1,144 @@
+"""Figures of what leaks, from the saved tables of the privacy notebooks."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tokmerge.plots import COLORS
+
+LABELS = {
+    "ssim": "SSIM of the reconstruction",
+    "psnr": "PSNR of the reconstruction (dB)",
+    "haarpsi": "HaarPSI of the reconstruction",
+    "fsim": "FSIM of the reconstruction",
+    "distance": "distance in the ViT's features",
+    "relative": "task accuracy on reconstructions / clean",
+    "matched": "original found among its class",
+    "bytes": "payload bytes per image",
+    "server_hit": "the server's top-1",
+}
+# One marker per family of defences; the name decides, so that a table needs no further column.
+FAMILIES = (
+    ("merged, ", "merged, quantised or noisy", "^", COLORS["threshold"]),
+    ("merged", "adaptive merging", "o", COLORS["threshold"]),
+    ("ToMe", "ToMe", "s", COLORS["fixed r"]),
+    ("pruned", "random pruning", "v", COLORS["accent"]),
+    ("class token", "class token", "D", COLORS["search"]),
+    ("unmerged, ", "unmerged with noise", "x", COLORS["unmerged"]),
+    ("unmerged", "unmerged", "*", COLORS["unmerged"]),
+)
+
+
+def family(defence: str) -> tuple[str, str, str]:
+    """Label, marker and colour of a defence.
+
+    >>> family("merged, int4")[0], family("merged 2")[0]
+    ('merged, quantised or noisy', 'adaptive merging')
+
+    Raises:
+        ValueError: a name of no family.
+    """
+    for start, label, marker, color in FAMILIES:
+        if defence.startswith(start):
+            return label, marker, color
+    raise ValueError(f"{defence!r} is of no known family of defences")
+
+
+def draw_reconstructions(rebuilt: pd.DataFrame, defences: Sequence[str], notes: dict[str, str] | None = None) -> Figure:
+    """A row per defence, a column per image.
+
+    Args:
+        rebuilt: columns defence, image, shape (C, H, W) and pixels (uint8); one row per defence and image.
+        defences: which, from top to bottom.
+        notes: what is written below a defence's name.
+    """
+    images = sorted(rebuilt.image.unique())
+    fig, axes = plt.subplots(
+        len(defences), len(images), figsize=(0.8 * len(images) + 1.6, 0.8 * len(defences)), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+    for row, defence in enumerate(defences):
+        part = rebuilt[rebuilt.defence == defence]
+        for entry in part.itertuples():
+            channels, height, width = entry.shape
+            picture = np.asarray(entry.pixels, np.uint8).reshape(channels, height, width).transpose(1, 2, 0)
+            picture = picture.repeat(3, axis=2) if channels == 1 else picture
+            axes[row, images.index(entry.image)].imshow(picture, interpolation="nearest")
+        note = (notes or {}).get(defence)
+        axes[row, 0].set_ylabel(
+            f"{defence}\n{note}" if note else defence, rotation=0, ha="right", va="center", fontsize=8
+        )
+    fig.subplots_adjust(wspace=0.05, hspace=0.05)
+    return fig
+
+
+def draw_leakage(ax: Axes, table: pd.DataFrame, x: str, y: str, names: bool = True) -> None:
+    """Draw one metric against another, with 95 % intervals, a marker per defence.
+
+    Args:
+        ax: where to draw.
+        table: columns defence, metric, value, low, high; one row per defence and metric.
+        x, y: metrics.
+        names: write each defence's name beside its marker.
+    """
+    wide = table.pivot(index="defence", columns="metric", values=["value", "low", "high"])
+    labelled = set()
+    for defence, row in wide.iterrows():
+        label, marker, color = family(str(defence))
+        (across, up), low, high = ((row[part, x], row[part, y]) for part in ("value", "low", "high"))
+        ax.errorbar(
+            across, up, [[up - low[1]], [high[1] - up]], [[across - low[0]], [high[0] - across]],
+            fmt=marker, color=color, ms=6, elinewidth=0.7, label=None if label in labelled else label,
+        )  # fmt: skip
+        labelled.add(label)
+        if names:
+            ax.annotate(str(defence), (across, up), (4, 3), textcoords="offset points", fontsize=6.5, color="0.35")
+    ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    if x == "bytes":
+        ax.set_xscale("log")
+
+
+def draw_worst(ax: Axes, table: pd.DataFrame, metric: str, defences: Sequence[str]) -> None:
+    """Draw a metric over all images and over the worst 5 %, a pair of bars per defence.
+
+    Args:
+        ax: where to draw.
+        table: columns defence, metric, images ("all" or "worst"), value, low, high.
+        metric: which.
+        defences: from left to right.
+    """
+    places = np.arange(len(defences))
+    for offset, which, color in ((-0.2, "all", COLORS["threshold"]), (0.2, "worst", COLORS["accent"])):
+        part = table[(table.metric == metric) & (table.images == which)].set_index("defence").loc[list(defences)]
+        error = np.array([part.value - part.low, part.high - part.value])
+        label = "all images" if which == "all" else "the worst 5 %"
+        ax.bar(places + offset, part.value, 0.38, yerr=error, color=color, label=label, error_kw={"elinewidth": 0.7})
+    ax.set_xticks(places, list(defences), rotation=35, ha="right", fontsize=8)
+    ax.set_ylabel(LABELS[metric])
+    ax.legend(loc="upper right", ncols=2)
+
+
+def draw_convergence(ax: Axes, curves: pd.DataFrame) -> None:
+    """Draw the attackers' loss on held-out images, a line per attacker and defence.
+
+    Args:
+        ax: where to draw.
+        curves: columns attacker, defence, step, loss.
+    """
+    styles = {"map": "-", "grid": "--", "sequence": ":"}
+    trained = curves[curves.attacker.isin(styles)]
+    defences = list(dict.fromkeys(trained.defence))
+    shades = dict(zip(defences, colormaps["tab20"](np.arange(len(defences)) % 20), strict=True))
+    for (attacker, defence), part in trained.groupby(["attacker", "defence"], sort=False):
+        label = defence if attacker == "map" else None
+        ax.plot(part.step, part.loss, styles[str(attacker)], color=shades[defence], lw=1.2, label=label)
+    ax.set(xlabel="training steps", ylabel="loss on held-out images", yscale="log")
+    ax.legend(fontsize=6.5, ncols=2)

@@ -1,0 +1,107 @@
+"""What a sceptic would send, against the same done step by step."""
+
+import io
+
+import numpy as np
+import pytest
+import tokmerge
+import torch
+import zstandard
+from conftest import build
+from PIL import Image
+from tokmerge import baselines, models, wire
+from tokmerge.data import Batch
+
+MEAN, STD = 0.5, 0.25
+
+
+def model_of(channels=3, **overrides):
+    model = build(in_chans=channels, **overrides)
+    model.pretrained_cfg = {"mean": (MEAN,) * channels, "std": (STD,) * channels, "input_size": (channels, 32, 32)}
+    return model
+
+
+def pictures(channels, n=4):
+    rng = np.random.default_rng(0)
+    shape = (32, 32) if channels == 1 else (32, 32, 3)
+    coarse = [rng.integers(0, 256, (8, 8, *shape[2:]), np.uint8) for _ in range(n)]
+    return [Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR) for pixels in coarse]
+
+
+def tensor(picture):
+    values = torch.from_numpy(np.array(picture, np.float32) / 255)
+    return ((values[None] if values.ndim == 2 else values.permute(2, 0, 1)) - MEAN) / STD
+
+
+def batch_of(shots):
+    return Batch([str(i) for i in range(len(shots))], torch.stack([tensor(s) for s in shots]), torch.arange(len(shots)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("format", "options"), [("jpeg", {"optimize": True}), ("webp", {"method": 6})])
+def test_images_are_sent_as_pillow_writes_them(channels, format, options):
+    model, shots = model_of(channels), pictures(channels)
+    found = baselines.send_images(model, [batch_of(shots)], format, 30)
+    for i, shot in enumerate(shots):
+        buffer = io.BytesIO()
+        shot.save(buffer, format.upper(), quality=30, **options)
+        assert found.payload_bytes[i] == len(buffer.getvalue())
+        received = tensor(Image.open(buffer).convert("L" if channels == 1 else "RGB"))
+        assert found.prediction[i] == model(received[None]).argmax().item()
+    smaller = found.scan_bytes < found.payload_bytes
+    assert smaller.all() if format == "jpeg" else not smaller.any()
+    assert found.label.tolist() == [0, 1, 2, 3]
+
+
+def test_hardly_compressed_images_are_the_images():
+    model, batch = model_of(), batch_of(pictures(3))
+    shown = [Image.fromarray(models.pixels(model, image)) for image in batch.images]
+    assert all(np.array_equal(a, b) for a, b in zip(shown, pictures(3), strict=True))
+
+
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("policy", [None, tokmerge.Threshold(0.2)])
+def test_tokens_are_sent_as_they_are_encoded(images, split, policy):
+    model = build()
+    batch = Batch(list("abcde"), images, torch.arange(5))
+    found = baselines.send_tokens(model, policy, [batch], ["float16", "int4"], split)
+    for precision, rows in found.groupby("precision", sort=False):
+        merged = tokmerge.patch(model, policy, precision=precision, split_layer=split)
+        record = merged(images)[1]
+        assert rows.payload_bytes.tolist() == record.payload_bytes.tolist()
+        for i, image in enumerate(images):
+            sent = merged.edge(image[None])
+            payload = wire.encode(sent.x, merged.sent_sizes(sent), precision)
+            coded = len(zstandard.ZstdCompressor(level=19).compress(payload))
+            assert rows.coded_bytes.iloc[i] == min(coded, len(payload))
+            received = sent.with_x(wire.decode(payload).tokens)
+            assert rows.prediction.iloc[i] == merged.serve(received).argmax().item()
+
+
+def test_the_average_head_classifies_means_of_all_patches():
+    # Brightness is the class.
+    model = build(num_classes=2)
+    level = torch.tensor([-1.0, 1.0] * 30)[:, None, None, None]
+    shots = level + 0.1 * torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1] * 30)
+    other = baselines.average_head(model, [Batch([str(i) for i in range(40)], shots[:40], labels[:40])])
+    logits = other(shots[40:])
+    assert torch.equal(logits.argmax(1), labels[40:])
+    pooled = model.forward_features(shots[40:])[:, 1:].mean(1)
+    torch.testing.assert_close(logits, pooled @ other.head.weight.T + other.head.bias, atol=1e-4, rtol=1e-4)
+    packed = tokmerge.patch(other, None)(shots[40:])[0]
+    torch.testing.assert_close(packed, logits, atol=1e-4, rtol=1e-4)
+    assert model.global_pool == "token", "the model itself is left alone"
+    payload = tokmerge.patch(other, tokmerge.TopR(8))(shots[:2])[1].payload_bytes
+    assert (payload > tokmerge.patch(model, tokmerge.TopR(8))(shots[:2])[1].payload_bytes).all(), "sizes are sent too"
+
+
+def test_the_average_head_needs_every_class():
+    batch = Batch(["a", "b"], torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="2 images hold 2 of 10 classes"):
+        baselines.average_head(build(), [batch])
+
+
+def test_class_token_bytes():
+    assert baselines.class_token_bytes(build()) == len(wire.encode(torch.zeros(1, 48)))
+    assert baselines.class_token_bytes(build("registers")) == len(wire.encode(torch.zeros(5, 48)))

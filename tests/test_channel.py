@@ -1,0 +1,145 @@
+"""The physical layer against closed forms, and 5G LDPC where it must and must not work."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from tokmerge.channel import CODED_BITS, LADDER, Channel, Mcs, block_errors, modulate, send_bytes, uncoded_errors
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def q(x):
+    return 0.5 * math.erfc(x / 2**0.5)
+
+
+def qam_terms(bits):
+    """Gray M-QAM over AWGN: w by f, with BER = sum of w Q(sqrt(f snr)) (Cho and Yoon, 2002, eq. 14 and 16)."""
+    m = 2 ** (bits // 2)
+    terms = {}
+    for k in range(1, bits // 2 + 1):
+        for i in range(int((1 - 2.0**-k) * m)):
+            sign = (-1) ** math.floor(i * 2 ** (k - 1) / m)
+            weight = sign * (2 ** (k - 1) - math.floor(i * 2 ** (k - 1) / m + 0.5))
+            factor = 3 * (2 * i + 1) ** 2 / (m * m - 1)
+            terms[factor] = terms.get(factor, 0.0) + 2 / (m * bits / 2) * weight
+    return terms
+
+
+def awgn_ber(bits, snr):
+    return sum(weight * q((factor * snr) ** 0.5) for factor, weight in qam_terms(bits).items())
+
+
+def rayleigh_ber(bits, snr):
+    """Each Q(sqrt(f snr |h|^2)) averaged over an exponential |h|^2."""
+    return sum(
+        weight * 0.5 * (1 - (factor * snr / (2 + factor * snr)) ** 0.5) for factor, weight in qam_terms(bits).items()
+    )
+
+
+@pytest.mark.parametrize(("bits", "snr_db"), [(2, 4.0), (4, 10.0), (6, 15.0), (8, 20.0)])
+def test_uncoded_qam_over_awgn_is_the_closed_form(bits, snr_db):
+    errors = uncoded_errors(bits, Channel(), snr_db, 100, 60, generator(bits)).double()
+    n = 60 * bits
+    expected = awgn_ber(bits, 10 ** (snr_db / 10))
+    half = 3.3 * float(errors.std()) / n / 100**0.5
+    assert abs(float(errors.mean()) / n - expected) < half, (errors.mean() / n, expected)
+    if bits == 2:
+        assert expected == pytest.approx(q(10 ** (snr_db / 20)))
+
+
+@pytest.mark.parametrize(("bits", "snr_db"), [(2, 8.0), (6, 18.0)])
+def test_uncoded_qam_over_rayleigh_is_the_closed_form(bits, snr_db):
+    errors = uncoded_errors(bits, Channel("rayleigh"), snr_db, 1500, 6, generator(bits)).double()
+    n = 6 * bits
+    half = 3.3 * float(errors.std()) / n / 1500**0.5
+    expected = rayleigh_ber(bits, 10 ** (snr_db / 10))
+    assert abs(float(errors.mean()) / n - expected) < half
+    assert expected > 3 * awgn_ber(bits, 10 ** (snr_db / 10)), "fading hurts"
+
+
+def test_qpsk_over_rayleigh_is_the_textbook_formula():
+    assert rayleigh_ber(2, 10.0) == pytest.approx(0.5 * (1 - (10 / 2 / (1 + 10 / 2)) ** 0.5))
+
+
+def test_gains_have_unit_power_and_their_own_shape():
+    for channel in (Channel(), Channel("rayleigh"), Channel("rician", k_factor=4.0)):
+        power = channel.gains(20_000, generator()).abs().square()
+        assert float(power.mean()) == pytest.approx(1.0, abs=0.03)
+        # Variance of |h|^2: 0, 1 and (2 K + 1) / (K + 1)^2.
+        expected = {"awgn": 0.0, "rayleigh": 1.0, "rician": 9 / 25}[channel.kind]
+        assert float(power.var()) == pytest.approx(expected, abs=0.05)
+
+
+def test_received_noise_is_what_the_receiver_is_told():
+    symbols = modulate(torch.randint(0, 2, (400, 200), generator=generator()), 2)
+    for channel in (Channel("rayleigh"), Channel("rician", pilots=4)):
+        got = channel.send(symbols, 12.0, generator(1))
+        error = (got.symbols - symbols).abs().square().mean(1)
+        strong = got.noise < 0.5  # where the estimate is near zero nothing is told rightly
+        assert float((error / got.noise)[strong].mean()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_pilot_estimate_costs_signal_and_uses():
+    perfect = uncoded_errors(4, Channel("rayleigh"), 15.0, 600, 10, generator()).sum()
+    estimated = uncoded_errors(4, Channel("rayleigh", pilots=1), 15.0, 600, 10, generator()).sum()
+    assert estimated > 1.2 * perfect
+    assert Channel(pilots=4).uses(240, 3) == 252
+    assert Channel().uses(240, 3) == 240
+
+
+@pytest.mark.parametrize("scheme", [LADDER[2], LADDER[4], LADDER[6]], ids=str)
+def test_ldpc_falls_off_its_cliff_between_capacity_and_three_decibels_above(scheme):
+    capacity = 10 * math.log10(2**scheme.efficiency - 1)
+    assert block_errors(scheme, Channel(), capacity - 1.0, 10, generator()).all(), "no code works here"
+    assert not block_errors(scheme, Channel(), capacity + 3.5, 10, generator()).any()
+
+
+def test_repeating_a_block_is_three_decibels():
+    once, twice = LADDER[2], LADDER[1]
+    assert (twice.info_bits, twice.uses) == (once.info_bits, 2 * once.uses)
+    errors = [
+        int(block_errors(one, Channel(), snr, 20, generator(3)).sum()) for one, snr in ((once, -3.8), (twice, -6.81))
+    ]
+    assert abs(errors[0] - errors[1]) <= 10, errors
+    assert block_errors(once, Channel(), -6.81, 10, generator()).all()
+
+
+def test_bytes_come_through_and_lost_blocks_are_named():
+    payload = np.random.default_rng(0).integers(0, 256, 200, np.uint8).tobytes()
+    scheme = LADDER[5]
+    got, errors = send_bytes(payload, scheme, Channel(), 9.0, generator())
+    assert got == payload
+    assert not errors.any()
+    assert len(errors) == scheme.blocks(200) == 3
+    got, errors = send_bytes(payload, scheme, Channel(), -5.0, generator())
+    assert errors.all()
+    assert len(got) == 200
+    assert got != payload
+
+
+def test_ladder_climbs_and_blocks_fill_their_symbols():
+    efficiency = [scheme.efficiency for scheme in LADDER]
+    assert efficiency == sorted(efficiency)
+    for scheme in LADDER:
+        assert CODED_BITS % scheme.bits == 0
+        assert scheme.efficiency == pytest.approx(scheme.rate * scheme.bits / scheme.repeats)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Channel("cable"), "unknown channel 'cable'"),
+        (lambda: Channel("rician", k_factor=-1.0), "k_factor is -1.0"),
+        (lambda: Channel(pilots=0), "pilots is 0"),
+        (lambda: Mcs(0.5, 3), "3 bits per symbol: use one of 2, 4, 6, 8"),
+        (lambda: Mcs(0.1), "rate 0.1"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
