@@ -96,10 +96,14 @@ def test_the_average_head_classifies_means_of_all_patches():
     assert (payload > tokmerge.patch(model, tokmerge.TopR(8))(shots[:2])[1].payload_bytes).all(), "sizes are sent too"
 
 
-def test_the_average_head_needs_every_class():
-    batch = Batch(["a", "b"], torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="2 images hold 2 of 10 classes"):
-        baselines.average_head(build(), [batch])
+def test_the_average_head_knows_the_classes_it_has_seen():
+    shots = torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([2, 5, 7] * 10)
+    other = baselines.average_head(build(), [Batch([str(i) for i in range(30)], shots, labels)])
+    assert set(other(torch.randn(40, 3, 32, 32)).argmax(1).tolist()) <= {2, 5, 7}
+    assert (other(shots).argmax(1) == labels).double().mean() > 0.8
+    with pytest.raises(ValueError, match="all 10 images are of one class"):
+        baselines.average_head(build(), [Batch(["a"] * 10, shots[:10], torch.zeros(10))])
 
 
 def test_class_token_bytes():

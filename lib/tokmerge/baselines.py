@@ -106,10 +106,11 @@ def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         batches: labelled images that the classifier is fitted to (logistic regression on the unmerged model's means).
 
     Returns:
-        A copy of the model with ``global_pool="avg"``; `tokmerge.patch` weighs its tokens by their sizes.
+        A copy of the model with ``global_pool="avg"``; `tokmerge.patch` weighs its tokens by their sizes. Classes that
+        none of the images is of are never predicted.
 
     Raises:
-        ValueError: the images hold fewer classes than the model.
+        ValueError: the images are of one class.
     """
     pooled, labels = [], []
     merged = patch(model, None)
@@ -120,9 +121,9 @@ def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         pooled.append(values[:, merged.model.num_prefix_tokens :].mean(1).cpu())
         labels.append(batch.labels)
     values, classes = torch.cat(pooled).double(), torch.cat(labels)
-    n_classes = merged.model.num_classes
-    if len(classes.unique()) < n_classes:
-        raise ValueError(f"{len(classes)} images hold {len(classes.unique())} of {n_classes} classes: more are needed")
+    kinds = classes.unique()
+    if len(kinds) < 2:
+        raise ValueError(f"all {len(classes)} images are of one class: more are needed")
     # Of unit variance, so that the penalty means the same for every dimension; folded back into the weights.
     mean, scale = values.mean(0), values.std(0) + 1e-8
     fitted = LogisticRegression(max_iter=2000).fit(((values - mean) / scale).numpy(), classes.numpy())
@@ -132,9 +133,10 @@ def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     other = copy.deepcopy(merged.model)
     other.global_pool, other.fc_norm = "avg", nn.Identity()
-    head = nn.Linear(weight.shape[1], len(weight))
+    head = nn.Linear(weight.shape[1], merged.model.num_classes)
     with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+        head.weight.zero_()
+        head.bias.fill_(-1e4)  # of classes that were not seen
+        head.weight[kinds], head.bias[kinds] = weight.float(), bias.float()
     other.head = head.to(next(model.parameters()).device)
     return other.requires_grad_(False).eval()
