@@ -130,6 +130,22 @@ def test_local_copies_need_no_access(root, machine, tmp_path):
     ]
 
 
+def test_a_frozen_stage_that_others_wait_for_is_asked_for(root, machine):
+    file = root / "params" / "paper" / "dvc.yaml"
+    pipeline = yaml.safe_load(file.read_text())
+    pipeline["stages"]["10_inputs"]["outs"] = ["results/paper/inputs"]
+    pipeline["stages"]["99_frozen"] |= {"deps": ["results/paper/inputs"], "outs": ["results/paper/study"]}
+    pipeline["stages"]["50_vqa"]["deps"] = ["results/paper/inputs", "results/paper/study"]
+    file.write_text(yaml.safe_dump(pipeline))
+    (line,) = preflight.missing(root, "paper")
+    assert line == (
+        "study: results/paper/study, which stage 50_vqa reads, is made by hand: `dvc repro params/paper/dvc.yaml:10_inputs"
+        " && dvc repro --single-item params/paper/dvc.yaml:99_frozen`"
+    )
+    (root / "results" / "paper" / "study").mkdir(parents=True)
+    assert list(preflight.missing(root, "paper")) == []
+
+
 def test_disk_counts_what_will_be_fetched(root, machine):
     machine.free = (10 + 7 + 7 + 14.2 + 0.5 - 1) * 1e9
     (line,) = preflight.missing(root, "paper")

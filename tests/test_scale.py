@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from tokmerge import paths, scale, store
+from tokmerge import contenders, paths, scale, store
 from tokmerge.scale import Work
 
 
@@ -12,11 +12,10 @@ def table(**changes):
     rows += [("trials", n, 1 + 0.5 * n, None) for n in (5, 6, 9)]
     rows += [("tokens", n, 1e-4 * n**1.5, 1e6 * n) for n in (16, 64, 256)]
     rows += [("decode", 1, changes.get("decode", 0.016), None)]
-    rows += [
-        (f"workers, {name}", n, seconds / n, None)
-        for name, seconds in (("start", 4), ("evaluations", 3))
-        for n in (1, 2)
-    ]
+    for busy, one, two in ((0.0, 3.0, 1.5), (0.5, 3.0, 4.0)):
+        for n, seconds in ((1, one), (2, two)):
+            rows += [("busy", n, busy, None), ("workers, start", n, 10 * n, None)]
+            rows += [("workers, evaluations", n, seconds, None)]
     return pd.DataFrame(rows, columns=["axis", "x", "seconds", "macs"])
 
 
@@ -33,7 +32,8 @@ def test_growth_says_what_was_measured():
         "tokens^1.50",
         "3 proposals",
         "1.00 s + 500 ms",
-        "2 workers are 2.00 times as fast as 1",
+        "3.00 s with 1, 1.50 s with 2 (processors 0 % and 0 % busy before); 3.00 s with 1, 4.00 s with 2 (processors 50 %",
+        "2 workers against 1: 2.00, 0.75 times as fast; 10 to 20 s until they are up",
         "16.0 ms each",
     )
     for part in parts:
@@ -65,12 +65,27 @@ def test_hours_add_up():
         assert values[-1] == pytest.approx(sum(values[:-1]), abs=0.04)
 
 
-def test_the_search_s_passes_are_those_of_its_params():
-    given = yaml.safe_load((paths.root() / "params" / "paper" / "30_search.yaml").read_text())
-    (search,) = (work for work in scale.WORK if work.stage == "search")
-    evaluations = given["n_trials"] + given["n_uniform"] + given["n_fixed_r"]
-    assert search.trials == given["n_trials"]
-    assert search.passes == pytest.approx(evaluations * given["n_images"] + 20 * given["n_front_images"], rel=0.2)
+def test_passes_are_those_of_the_params():
+    folder = paths.root() / "params" / "paper"
+    merging, search, vqa = (
+        yaml.safe_load((folder / f"{n}.yaml").read_text()) for n in ("20_merging", "30_search", "50_vqav2")
+    )
+    work = {one.stage: one for one in scale.WORK}
+    assert work["merging"].passes == (1 + len(merging["thresholds"]) + len(merging["fixed_r"])) * 45_000
+    evaluations = search["n_trials"] + search["n_uniform"] + search["n_fixed_r"]
+    assert work["search"].trials == search["n_trials"]
+    assert work["search"].passes == evaluations * search["n_images"] + 20 * search["n_front_images"]
+    ours, others = len(vqa["shares"]), sum(map(len, contenders.grids(24, 32, 576, vqa["n_grid"]).values()))
+    points = 1 + ours + others + len(vqa["precisions"]) * (1 + ours)
+    codecs = 2 * len(vqa["qualities"]) * vqa["n_codec"] * 5.3  # questions per image
+    assert vqa["n_test"] == [None]
+    assert work["vqav2"].passes == points * 212_000 + codecs
+
+
+def test_every_stage_of_the_paper_profile_that_runs_a_model_is_there():
+    stages = yaml.safe_load((paths.root() / "params" / "paper" / "dvc.yaml").read_text())["stages"]
+    running = [name for name, stage in stages.items() if not stage.get("frozen") and name != "figures"]
+    assert [one.stage for one in scale.WORK] == running
 
 
 def test_pages_hold_what_the_saved_measurements_say():

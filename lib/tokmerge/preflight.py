@@ -121,6 +121,7 @@ def missing(root: Path, profile: str) -> Iterator[str]:
     for path, where in wanted.local.items():
         if not paths.resolve(path).exists():
             yield f"local: {path} ({where}) does not exist"
+    yield from _studies(root, profile)
     for name, file in wanted.unknown.items():
         yield f"model: {name!r} in {file} is neither a timm model with weights nor a hub name"
     yield from _hub(wanted)
@@ -142,6 +143,22 @@ def leftovers(root: Path) -> Iterator[str]:
                 f"running: process {process.pid} still runs {notebook}, perhaps of a run that was killed: "
                 f"wait for its end, or `kill {process.pid}` (what it had done is kept)"
             )
+
+
+def _studies(root: Path, profile: str) -> Iterator[str]:
+    """Tables of frozen stages that stages which run will ask for: better now than hours later."""
+    pipeline = f"params/{profile}/dvc.yaml"
+    stages = yaml.safe_load((root / pipeline).read_text())["stages"]
+    maker = {(next(iter(out)) if isinstance(out, dict) else out): name
+             for name, stage in stages.items() for out in stage.get("outs", [])}  # fmt: skip
+    for name, stage in stages.items():
+        for dep in [] if stage.get("frozen") else stage.get("deps", []):
+            study = maker.get(dep)
+            if study and stages[study].get("frozen") and not (root / dep).exists():
+                first = [f"{pipeline}:{maker[one]}" for one in stages[study]["deps"] if one in maker]
+                command = f"dvc repro {' '.join(first)} && " if first else ""
+                command += f"dvc repro --single-item {pipeline}:{study}"
+                yield f"study: {dep}, which stage {name} reads, is made by hand: `{command}`"
 
 
 def _disk(root: Path, gigabytes: float) -> Iterator[str]:
