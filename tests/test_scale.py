@@ -32,7 +32,8 @@ def test_growth_says_what_was_measured():
         "tokens^1.50",
         "3 proposals",
         "1.00 s + 500 ms",
-        "3.00 s with 1, 1.50 s with 2 (processors 0 % and 0 % busy before); 3.00 s with 1, 4.00 s with 2 (processors 50 %",
+        "3.00 s with 1, 1.50 s with 2 (processors 0 % and 0 % busy before); "
+        "3.00 s with 1, 4.00 s with 2 (processors 50 %",
         "2 workers against 1: 2.00, 0.75 times as fast; 10 to 20 s until they are up",
         "16.0 ms each",
     )
