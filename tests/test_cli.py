@@ -11,7 +11,8 @@ from tokmerge import cli
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_a_served_model_answers_a_device_over_a_noisy_channel(capsys):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_served_model_answers_a_device_over_a_noisy_channel(end, capsys):
     command = [sys.executable, "-m", "tokmerge.cli", "serve", "--port", "0", "--threshold", "0.9"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
@@ -20,7 +21,7 @@ def test_a_served_model_answers_a_device_over_a_noisy_channel(capsys):
         port = line.strip().rsplit(":", 1)[1]
         cli.main(["edge", "--port", port, "--threshold", "0.9", "--images", "4", "--snr", "12", "--scheme", "4"])
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(end)
         assert server.wait(10) == 0
     said = capsys.readouterr().out
     assert said.startswith("4 images, ")

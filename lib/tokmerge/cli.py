@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,7 +56,11 @@ def photos(merged: MergedViT, split: str) -> data.Batch:
 
 
 async def serve(given: argparse.Namespace) -> None:
-    """Run a server until interrupted."""
+    """Run a server until it is interrupted or told to end (SIGINT, SIGTERM)."""
+    told = asyncio.Event()
+    # Handlers of our own: a process started in the background of a script has interrupts switched off.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
     merged = model(given)
     with torch.inference_mode():
         prototype = average(merged.edge(photos(merged, "train").images), merged.model.num_prefix_tokens)
@@ -63,7 +68,7 @@ async def serve(given: argparse.Namespace) -> None:
     host, port = await server.start(given.host, given.port)
     print(f"serving {given.model}, split after block {given.split}, on {host}:{port}", flush=True)
     try:
-        await asyncio.Event().wait()
+        await told.wait()
     finally:
         await server.stop()
 
