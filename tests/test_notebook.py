@@ -31,6 +31,11 @@ def test_negative_numbers_and_nested_literals_count_as_literals():
     assert notebook.literal_names("") == []
 
 
+def test_without_a_history_plain_values_are_the_parameters_and_constants_are_not():
+    scope = {"In": [""], "Out": {}, "_hidden": 1, "LADDER": (object(),), "np": object(), "seed": 0, "snrs": [1.0]}
+    assert notebook.parameters(scope) == {"seed": 0, "snrs": [1.0]}
+
+
 @pytest.mark.parametrize("how", ["command line", "file"])
 def test_papermill_run_with_an_unknown_parameter_stops_before_any_work(tmp_path, how):
     (tmp_path / "typo.yaml").write_text("tresholds: [0.9]\n")

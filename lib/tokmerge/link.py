@@ -132,5 +132,5 @@ def shipped(pilots: int | None = None) -> ErrorRates:
     """The block error rates that ship with the package, of `LADDER`."""
     rates = ErrorRates.of(store.load_table(paths.ASSETS / TABLE), pilots)
     if rates.schemes != LADDER:
-        raise ValueError(f"{TABLE} is of other schemes than tokmerge.channel.LADDER: run notebooks/61_channel_study")
+        raise ValueError(f"{TABLE} is of other schemes than tokmerge.channel.LADDER: run notebooks/55_channel_study")
     return rates

@@ -216,4 +216,4 @@ def load(path: str | Path) -> Lookup:
         choices = tuple(Choice(**cell) for cell in content["choices"])
         return Lookup(tuple((str(name), str(precision)) for name, precision in content["members"]), choices)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a lookup table ({error}): run notebooks/61_channel_study again") from error
+        raise ValueError(f"{path} is not a lookup table ({error}): run notebooks/55_channel_study again") from error

@@ -31,10 +31,13 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         elif names and not given:
             declared = names
     if not declared:
-        # A runner that keeps no history (nbval) injects nothing either: the plain values so far are the parameters.
+        # A runner that keeps no history (nbval) injects nothing either: the plain values so far are the parameters, but
+        # for constants that were imported.
         plain = (str, int, float, list, tuple, dict, type(None))
         own = {
-            name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_") and not name.isupper() and name not in ("In", "Out")
         }
         return {name: value for name, value in own.items() if isinstance(value, plain)}
     unknown = [name for name in given if name not in declared]
