@@ -87,8 +87,11 @@ def test_draw_front_shows_three_projections_with_the_grids():
 
 def test_draw_profile_has_a_line_per_point():
     fig, ax = plt.subplots()
-    plots.draw_profile(ax, pd.DataFrame({"label": ["a", "b"], "thresholds": [[0.9, 0.8, 1.0], [0.7, 0.6, 0.5]]}))
-    assert [list(line.get_ydata()) for line in ax.lines] == [[0.9, 0.8, 1.0], [0.7, 0.6, 0.5]]
+    plots.draw_profile(ax, pd.DataFrame({"label": ["a", "b"], "thresholds": [[0.9, 0.8, 1.0], [0.7, -1.0, 0.5]]}))
+    bottom = pytest.approx(0.4)
+    lines = [list(line.get_ydata()) for line in ax.lines]
+    assert lines == [[0.9, 0.8, 1.0], [], [0.7, bottom, 0.5], [bottom]], "where all merges, a mark below the others"
+    assert list(ax.lines[3].get_xdata()) == [1]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     plt.close(fig)
 

@@ -207,18 +207,22 @@ def draw_front(
 
 
 def draw_profile(ax: Axes, points: pd.DataFrame) -> None:
-    """Draw how thresholds run over the depth, a line per point.
+    """Draw how thresholds run over the depth, a line per point; a triangle at the bottom: all of set A merges.
 
     Args:
         ax: where to draw.
         points: columns label and thresholds (one per block).
     """
     shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(points)))
-    for shade, point in zip(shades, points.itertuples(), strict=True):
-        ax.plot(range(len(point.thresholds)), point.thresholds, "o-", ms=3.5, lw=1.3, color=shade, label=point.label)
-    layers = range(len(points.thresholds.iloc[0]))
-    ax.set(xlabel="layer", ylabel="cosine threshold (1: off)", xticks=layers)
-    ax.legend(loc="lower right")
+    thresholds = np.array(points.thresholds.tolist(), float)
+    bottom = min(thresholds[thresholds > -1].min(initial=1.0), 0.9) - 0.1
+    for shade, label, row in zip(shades, points.label, thresholds, strict=True):
+        shown = np.maximum(row, bottom)
+        ax.plot(range(len(row)), shown, "o-", ms=3.5, lw=1.3, color=shade, label=label)
+        everything = np.flatnonzero(row <= -1)
+        ax.plot(everything, shown[everything], "v", ms=7, color=shade)
+    ax.set(xlabel="layer", ylabel="cosine threshold (1: off)", xticks=range(thresholds.shape[1]))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
