@@ -68,6 +68,19 @@ def test_wilson_interval_equals_scipys(hits, n):
     assert evaluate.wilson_interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
+def test_relative_by_hand():
+    whole = pd.DataFrame({"prediction": [0, 1, 2, 0], "label": [0, 1, 2, 3], "tokens_sent": [10] * 4})
+    whole = whole.assign(macs=100, payload_bytes=40)
+    rows = whole.assign(prediction=[0, 2, 2, 0], macs=[50, 20, 100, 30], payload_bytes=[4, 8, 40, 12])
+    found = evaluate.relative(rows.drop(columns="tokens_sent"), whole)
+    hand = {"n_images": 4, "top1": 0.5, "top1_drop": 0.25, "macs_ratio": 0.5, "bytes_ratio": 0.4, "payload_bytes": 16}
+    assert {name: found[name] for name in hand} == pytest.approx(hand)
+    assert "tokens_ratio" not in found
+    assert found["top1_drop_sem"] == pytest.approx(stats.sem([0, 1, 0, 0]))
+    assert (found["top1_low"], found["top1_high"]) == evaluate.wilson_interval(2, 4)
+    assert evaluate.relative(whole, whole)["tokens_ratio"] == 1
+
+
 def test_functions_take_turns():
     calls = []
     seconds = evaluate.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)

@@ -111,11 +111,11 @@ def test_draw_hypervolume_shows_the_median_over_seeds():
 def test_draw_methods_has_a_colour_per_method_and_the_limit():
     points = pd.DataFrame(
         [
-            ("threshold", True, 0.001, 0.002, 0.4),
-            ("threshold", True, 0.004, 0.002, 0.3),
-            ("DyMU", False, 0.01, 0.003, 0.5),
+            ("threshold", "ours", True, 0.001, 0.002, 0.4),
+            ("threshold", "ours", True, 0.004, 0.002, 0.3),
+            ("DyMU", "peer", False, 0.01, 0.003, 0.5),
         ],
-        columns=["method", "searched", "top1_drop", "top1_drop_sem", "macs_ratio"],
+        columns=["method", "kind", "searched", "top1_drop", "top1_drop_sem", "macs_ratio"],
     )
     fig, ax = plt.subplots()
     plots.draw_methods(ax, points, "macs_ratio")

@@ -17,7 +17,7 @@ from tokmerge.spaces import threshold_space
 from tokmerge.trials import Trial
 
 QUICK = {
-    **{"axis": "kl", "reference": toy.REFERENCE, "n_curve": 2, "n_sobol": 3, "start_knots": None},
+    **{"axis": "kl", "reference": toy.REFERENCE, "n_curve": 2, "n_sobol": 3},
     **{"restarts": 1, "raw_samples": 8},
 }
 STATUS = {"completed": TrialStatus.COMPLETED, "failed": TrialStatus.FAILED}

@@ -92,6 +92,18 @@ def fake(done, broken=()):
     return evaluation
 
 
+def test_either_split_is_evaluated_and_its_size_is_checked(inputs_dir):
+    recorded = store.load_table(inputs_dir / "splits.parquet")
+    for split in ("search", "test"):
+        assert shards.load(str(inputs_dir), split=split).images.ids == recorded.id[recorded.split == split].tolist()
+    some = shards.load(str(inputs_dir), n_images=2, skip=3).images.ids
+    assert some == recorded.id[recorded.split == "test"].tolist()[3:5]
+    with pytest.raises(ValueError, match="6 images after the first 3 are asked for: the test split has 7"):
+        shards.load(str(inputs_dir), n_images=6, skip=3)
+    with pytest.raises(ValueError, match="unknown split 'val'"):
+        shards.load(str(inputs_dir), split="val")
+
+
 def test_a_failed_shard_is_named_and_the_next_run_goes_on(tmp_path):
     planned = shards.plan(tmp_path, {"unmerged": Configuration(None)}, 10, 4, {})
     assert [(shard.start, shard.stop) for shard in planned] == [(0, 4), (4, 8), (8, 10)]

@@ -8,7 +8,7 @@ from tokmerge import workers
 from tokmerge.search import Search, Settings
 from tokmerge.trials import Trial
 
-QUICK = Settings(axis="kl", reference=toy.REFERENCE, n_curve=2, n_sobol=3, start_knots=None, restarts=1, raw_samples=8)
+QUICK = Settings(axis="kl", reference=toy.REFERENCE, n_curve=2, n_sobol=3, restarts=1, raw_samples=8)
 
 
 def trials(*taus):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokmerge.front import Front, load_front
-    from tokmerge.guided import GuidedThreshold
     from tokmerge.peers import (
         AdaMerge,
         AttentionPruning,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 # Loaded on first use, so that drawing figures from saved tables does not depend on the engine.
 _HOME = {
     "front": ("Front", "load_front"),
-    "guided": ("GuidedThreshold",),
     "peers": (
         "AdaMerge",
         "AttentionPruning",
@@ -46,7 +44,7 @@ _HOME = {
 }
 
 __all__ = [
-    "AdaMerge", "AttentionPruning", "CappedThreshold", "Front", "GuidedThreshold", "MergedViT", "PiToMe", "Policy",
+    "AdaMerge", "AttentionPruning", "CappedThreshold", "Front", "MergedViT", "PiToMe", "Policy",
     "RandomMerging", "RandomPruning", "Record", "RelativeThreshold", "StaticRates", "Threshold", "ToFu", "TopR",
     "load_front", "patch", "unmerge", "unpatch",
 ]  # fmt: skip

@@ -121,6 +121,37 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, floa
     return (centre - spread) / scale, (centre + spread) / scale
 
 
+def relative(rows: pd.DataFrame, unmerged: pd.DataFrame) -> dict[str, float]:
+    """Accuracy of some images' rows, and what they cost relative to the same images unmerged.
+
+    Args:
+        rows: columns prediction, label, payload_bytes, and macs and tokens_sent where they apply.
+        unmerged: the same images in the same order.
+
+    Returns:
+        n_images; top1 with its 95 % interval (top1_low, top1_high); top1_drop with its standard error; macs_ratio,
+        tokens_ratio and bytes_ratio, means over images of merged / unmerged; payload_bytes.
+    """
+    hit = rows.prediction.eq(rows.label).to_numpy()
+    low, high = wilson_interval(int(hit.sum()), len(hit))
+    drop = unmerged.prediction.eq(unmerged.label).to_numpy().astype(float) - hit
+    costs = {"macs_ratio": "macs", "tokens_ratio": "tokens_sent", "bytes_ratio": "payload_bytes"}
+    return {
+        "n_images": len(hit),
+        "top1": float(hit.mean()),
+        "top1_low": low,
+        "top1_high": high,
+        "top1_drop": float(drop.mean()),
+        "top1_drop_sem": float(drop.std(ddof=1) / len(hit) ** 0.5),
+        **{
+            name: float((rows[column].to_numpy() / unmerged[column].to_numpy()).mean())
+            for name, column in costs.items()
+            if column in rows
+        },
+        "payload_bytes": float(rows.payload_bytes.mean()),
+    }
+
+
 def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int) -> pd.DataFrame:
     """Time functions against each other: one call of each in turn, ``rounds`` times after one warm-up round.
 

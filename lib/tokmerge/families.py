@@ -2,7 +2,7 @@
 
 A schedule over the depth makes a method stronger than one number for all blocks; comparing searched thresholds with
 anything but searched peers would not be fair. Counts are searched as shares of what the tokens present could lose to
-a bipartite match, half of them: what the shares of the calibrated thresholds mean, and no method may lose more.
+a bipartite match, half of them: no method may lose more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 import tokmerge
-from tokmerge.guided import Guide, GuidedThreshold
 from tokmerge.peers import (
     AdaMerge,
     AttentionPruning,
@@ -22,19 +19,14 @@ from tokmerge.peers import (
     StaticRates,
     ToFu,
 )
-from tokmerge.policies import Calibration, PiToMe, Policy, TopR
-from tokmerge.spaces import Configuration, Space, threshold_space
-
-# Of the calibration images: so many count as sure.
-SURE = 0.5
+from tokmerge.policies import PiToMe, Policy, TopR
+from tokmerge.spaces import LOWEST_COSINE, Configuration, Space, threshold_space
 
 
 def families(
     depth: int,
     n_tokens: int,
-    calibration: Calibration,
     statistics: tuple[Sequence[float], Sequence[float]],
-    guide: Guide,
     parameters: int,
 ) -> dict[str, Space]:
     """Search spaces with the same number of parameters each, by the method's name.
@@ -42,9 +34,7 @@ def families(
     Args:
         depth: number of blocks.
         n_tokens: tokens that may merge.
-        calibration: distribution of similarities at each block (`tokmerge.evaluate.calibrate`).
         statistics: for AdaMerge (`tokmerge.rates.similarity_statistics`).
-        guide: for the guided threshold (`tokmerge.guided.fit`).
         parameters: values interpolated over the depth; methods with two profiles get half of them for each.
 
     Raises:
@@ -68,8 +58,8 @@ def families(
             left -= pruned[-1] + merged[-1]
         return Configuration(StaticRates(pruned, merged))
 
-    def capped(u: Sequence[float], cap: Sequence[float]) -> Configuration:
-        return Configuration(CappedThreshold(calibration.thresholds(u), counts(cap, n_tokens)))
+    def capped(tau: Sequence[float], cap: Sequence[float]) -> Configuration:
+        return Configuration(CappedThreshold(tuple(tau), counts(cap, n_tokens)))
 
     def relative(z: Sequence[float]) -> Configuration:
         return Configuration(RelativeThreshold(tuple(z)))
@@ -78,10 +68,9 @@ def families(
         return AdaMerge(r, *statistics)
 
     return {
-        "guided threshold": guided_space(depth, calibration, guide, parameters),
-        "threshold": threshold_space("calibrated", depth, calibration, parameters),
-        "capped threshold": Space(depth, {"u": (0.0, 1.0), "cap": (0.0, 1.0)}, capped, half),
-        "relative threshold": Space(depth, {"z": (-3.0, 3.0)}, relative, parameters, rising=False),
+        "threshold": threshold_space("cosine", depth, knots=parameters),
+        "capped threshold": Space(depth, {"tau": (LOWEST_COSINE, 1.0), "cap": (0.0, 1.0)}, capped, half),
+        "relative threshold": Space(depth, {"z": (-3.0, 3.0)}, relative, parameters),
         "ToMe": schedule(TopR),
         "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
         "PiToMe": schedule(PiToMe),
@@ -91,33 +80,6 @@ def families(
         "DiffRate": Space(depth, {"prune": (0.0, 1.0), "merge": (0.0, 1.0)}, static, half),
         "attention pruning": schedule(AttentionPruning),
     }
-
-
-def guided_space(depth: int, calibration: Calibration, guide: Guide, parameters: int) -> Space:
-    """Shares to merge at the first block, and over the others for sure and for unsure images.
-
-    Args:
-        depth: number of blocks.
-        calibration: maps shares to thresholds.
-        guide: tells sure from unsure images.
-        parameters: one is the first block's, the others' profiles share the rest; the unsure images' gets the odd one.
-    """
-    n_sure = (parameters - 1) // 2
-    names = {
-        "sure": [f"sure_{index:02d}" for index in range(n_sure)],
-        "unsure": [f"unsure_{index:02d}" for index in range(parameters - 1 - n_sure)],
-    }
-
-    def build(first: float, **shares: float) -> Configuration:
-        profiles = {}
-        for kind, knots in names.items():
-            places = np.linspace(1, depth - 1, len(knots))
-            rest = np.interp(range(1, depth), places, [shares[name] for name in knots])
-            profiles[kind] = calibration.thresholds([first, *rest.tolist()])
-        return Configuration(GuidedThreshold(profiles["sure"], profiles["unsure"], guide.limits(SURE), guide))
-
-    scalars = dict.fromkeys(["first", *names["sure"], *names["unsure"]], (0.0, 1.0))
-    return Space(depth, {}, build, settled={"sure": SURE, "limits": guide.limits(SURE)}, scalars=scalars)
 
 
 def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Space:
@@ -138,12 +100,11 @@ def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Spa
     return replace(space, build=build, settled=settled, scalars=scalars)
 
 
-def rebuild(row: Mapping[str, Any], guide: Guide) -> Configuration:
+def rebuild(row: Mapping[str, Any]) -> Configuration:
     """The configuration that `Configuration.row` gave this row.
 
     Args:
         row: policy, its own fields, precision, split_layer if set.
-        guide: of a guided threshold, fitted to the same images again.
 
     Raises:
         ValueError: no such policy.
@@ -155,8 +116,6 @@ def rebuild(row: Mapping[str, Any], guide: Guide) -> Configuration:
     )
     if name == "None":
         return Configuration(None, **sent)
-    if name == "GuidedThreshold":
-        fields["guide"] = guide
     kind = getattr(tokmerge, name, None)
     if kind is None:
         raise ValueError(f"unknown policy {name!r}")

@@ -22,9 +22,9 @@ COLORS = {
     "ax": "#009E73",
     "ax schedule": "#56B4E9",
     "ax per block": "#332288",
-    "ax rising start": "#F0E442",
+    "ax curve start": "#F0E442",
     "ax keys": "#117733",
-    "ax cosine": "#999999",
+    "ax shares": "#999999",
     "ax kl": "#882255",
     "ax top-1": "#44AA99",
     "sobol": "#CC79A7",
@@ -247,13 +247,15 @@ def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
 
     Args:
         ax: where to draw.
-        points: columns method, searched (or a grid of its one number), top1_drop, top1_drop_sem and the ratio.
+        points: columns method, kind ("ours" or other), searched (or a grid of its one number), top1_drop, top1_drop_sem
+            and the ratio.
         column: macs_ratio, tokens_ratio or bytes_ratio.
     """
     methods = list(dict.fromkeys(points.method))
     shades = colormaps["tab20"](np.arange(len(methods)) % 20)
     for method, shade in zip(methods, shades, strict=True):
-        part, ours = points[points.method == method], "threshold" in method or method == "front"
+        part = points[points.method == method]
+        ours = part.kind.iloc[0] == "ours"
         ax.errorbar(
             part[column], 100 * part.top1_drop, 196 * part.top1_drop_sem, label=method, color=shade,
             fmt="o" if part.searched.iloc[0] else "s", elinewidth=0.6, ms=6 if ours else 4,

@@ -56,8 +56,6 @@ class Settings:
             model is at (0, 1, 1). Ax's objective thresholds, and the corner the hypervolume is measured from.
         n_curve: trials that start the search along the uniform-threshold curve.
         n_sobol: space-filling trials after those (scrambled Sobol points); the model proposes all further ones.
-        start_knots: spread those over profiles that so many knots describe and whose merging rises with depth, instead
-            of over all parameters.
         noise: what Ax is told about the values. ``"none"``: exact (they are, on these images); ``"known"``: with
             their standard errors; ``"inferred"``: the model estimates it.
         samples: Monte-Carlo samples of the acquisition function (Ax's own default: 128); the time a proposal takes
@@ -72,7 +70,6 @@ class Settings:
     reference: tuple[float, float, float] = (0.25, 0.7, 0.4)
     n_curve: int = 0
     n_sobol: int = 10
-    start_knots: int | None = None
     noise: str = "none"
     samples: int = 32
     restarts: int = 4
@@ -206,7 +203,7 @@ def begin(space: Space, settings: Settings) -> Client:
 
 def starts(space: Space, settings: Settings) -> list[dict[str, float]]:
     """The trials a search starts with: along the uniform-threshold curve, then space-filling."""
-    return space.curve(settings.n_curve) + space.sobol(settings.n_sobol, settings.seed, settings.start_knots)
+    return space.curve(settings.n_curve) + space.sobol(settings.n_sobol, settings.seed)
 
 
 def strategy(settings: Settings) -> GenerationStrategy:

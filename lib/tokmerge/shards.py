@@ -69,18 +69,31 @@ class Evaluation:
         return {"n_images": len(frame)}
 
 
-def load(inputs_dir: str, batch_size: int = 32, n_images: int | None = None) -> Evaluation:
-    """The evaluation of the test split that notebook 10_inputs settled on; workers call this in their own process.
+def load(
+    inputs_dir: str, batch_size: int = 32, n_images: int | None = None, split: str = "test", skip: int = 0
+) -> Evaluation:
+    """The evaluation of a split that notebook 10_inputs settled on; workers call this in their own process.
 
     Args:
         inputs_dir: results of 10_inputs.
         batch_size: images per forward pass.
         n_images: only so many, in the split's order; None for all.
+        split: "test" or "search".
+        skip: images left out before the first.
+
+    Raises:
+        ValueError: no such split, or it holds fewer images.
     """
+    if split not in ("test", "search"):
+        raise ValueError(f"unknown split {split!r}: use test or search")
     inputs = store.load_json(paths.need(f"{inputs_dir}/inputs.json", made_by="10_inputs"))
     splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
-    model, _, test = models.reload(inputs, splits, "cuda" if torch.cuda.is_available() else "cpu")
-    return Evaluation(model, test if n_images is None else data.subset(test, range(n_images)), batch_size)
+    model, search, test = models.reload(inputs, splits, "cuda" if torch.cuda.is_available() else "cpu")
+    images = test if split == "test" else search
+    last = len(images) if n_images is None else skip + n_images
+    if last > len(images):
+        raise ValueError(f"{n_images} images after the first {skip} are asked for: the {split} split has {len(images)}")
+    return Evaluation(model, data.subset(images, range(skip, last)), batch_size)
 
 
 def plan(

@@ -49,7 +49,6 @@ class Space:
         profiles: values that vary over the depth, by name, with the lowest and the highest.
         build: takes every profile as a list of ``depth`` values and every scalar, by name, and gives the configuration.
         knots: None for one parameter per block; else this many per profile, interpolated linearly over the depth.
-        rising: larger values merge more.
         settled: what else tells this space from others.
         scalars: values that do not vary over the depth, by name, with the lowest and the highest.
 
@@ -65,7 +64,6 @@ class Space:
     profiles: Mapping[str, tuple[float, float]]
     build: Callable[..., Configuration]
     knots: int | None = None
-    rising: bool = True
     settled: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -98,25 +96,12 @@ class Space:
         steps = [(index + 1) / (n + 1) for index in range(n)]
         return [{name: low + (high - low) * step for name, (low, high) in self.bounds.items()} for step in steps]
 
-    def sobol(self, n: int, seed: int, knots: int | None = None) -> list[dict[str, float]]:
-        """n space-filling choices: scrambled Sobol points.
-
-        Args:
-            n: how many.
-            seed: of the scrambling.
-            knots: of a space with one profile, spread over those that so many knots describe and whose merging rises
-                with depth; None: over all parameters.
-        """
+    def sobol(self, n: int, seed: int) -> list[dict[str, float]]:
+        """n space-filling choices: Sobol points, scrambled with the seed."""
         if n == 0:
             return []
-        count = len(self.bounds)
-        engine = torch.quasirandom.SobolEngine(knots or count, scramble=True, seed=seed)
-        points = engine.draw(n, dtype=torch.double).numpy()
-        if knots is not None:
-            places = np.linspace(0, count - 1, knots)
-            rising = np.sort(points) if self.rising else np.sort(points)[:, ::-1]
-            points = np.array([np.interp(range(count), places, point) for point in rising])
-        return self.scale(points)
+        engine = torch.quasirandom.SobolEngine(len(self.bounds), scramble=True, seed=seed)
+        return self.scale(engine.draw(n, dtype=torch.double).numpy())
 
     def scale(self, unit: np.ndarray) -> list[dict[str, float]]:
         """Points of the unit cube as parameters: (n, parameters) -> n choices."""
@@ -144,9 +129,7 @@ def threshold_space(
     """
     if kind == "cosine":
         bounds, settled = {"tau": (LOWEST_COSINE, 1.0)}, {"calibration": None, "feature": feature}
-        return Space(
-            depth, bounds, lambda tau: Configuration(Threshold(tau, feature)), knots, rising=False, settled=settled
-        )
+        return Space(depth, bounds, lambda tau: Configuration(Threshold(tau, feature)), knots, settled=settled)
     if kind != "calibrated":
         raise ValueError(f"unknown search space {kind!r}: use one of {', '.join(KINDS)}")
     if calibration is None or len(calibration.quantiles) != depth:
