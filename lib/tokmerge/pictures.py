@@ -24,28 +24,28 @@ LABELS = {
 }
 # One marker per family of defences; the name decides, so that a table needs no further column.
 FAMILIES = (
-    ("merged, ", "merged, quantised or noisy", "^", COLORS["threshold"]),
-    ("merged", "adaptive merging", "o", COLORS["threshold"]),
-    ("ToMe", "ToMe", "s", COLORS["fixed r"]),
-    ("pruned", "random pruning", "v", COLORS["accent"]),
-    ("class token", "class token", "D", COLORS["search"]),
-    ("unmerged, ", "unmerged with noise", "x", COLORS["unmerged"]),
-    ("unmerged", "unmerged", "*", COLORS["unmerged"]),
+    ("merged, ", "^", COLORS["threshold"]),
+    ("merged", "o", COLORS["threshold"]),
+    ("ToMe", "s", COLORS["fixed r"]),
+    ("pruned", "v", COLORS["accent"]),
+    ("class token", "D", COLORS["search"]),
+    ("unmerged, ", "x", COLORS["unmerged"]),
+    ("unmerged", "*", COLORS["unmerged"]),
 )
 
 
-def family(defence: str) -> tuple[str, str, str]:
-    """Label, marker and colour of a defence.
+def family(defence: str) -> tuple[str, str]:
+    """Marker and colour of a defence.
 
     >>> family("merged, int4")[0], family("merged 2")[0]
-    ('merged, quantised or noisy', 'adaptive merging')
+    ('^', 'o')
 
     Raises:
         ValueError: a name of no family.
     """
-    for start, label, marker, color in FAMILIES:
+    for start, marker, color in FAMILIES:
         if defence.startswith(start):
-            return label, marker, color
+            return marker, color
     raise ValueError(f"{defence!r} is of no known family of defences")
 
 
@@ -80,27 +80,25 @@ def draw_reconstructions(rebuilt: pd.DataFrame, defences: Sequence[str], notes: 
     return fig
 
 
-def draw_leakage(ax: Axes, table: pd.DataFrame, x: str, y: str, names: bool = True) -> None:
-    """Draw one metric against another, with 95 % intervals, a marker per defence.
+def draw_leakage(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """Draw one metric against another, with 95 % intervals; numbers tell defences apart, the legend names them.
 
     Args:
         ax: where to draw.
         table: columns defence, metric, value, low, high; one row per defence and metric.
         x, y: metrics.
-        names: write each defence's name beside its marker.
     """
     wide = table.pivot(index="defence", columns="metric", values=["value", "low", "high"])
-    labelled = set()
-    for defence, row in wide.iterrows():
-        label, marker, color = family(str(defence))
+    for number, (defence, row) in enumerate(wide.iterrows(), start=1):
+        marker, color = family(str(defence))
         (across, up), low, high = ((row[part, x], row[part, y]) for part in ("value", "low", "high"))
         ax.errorbar(
             across, up, [[up - low[1]], [high[1] - up]], [[across - low[0]], [high[0] - across]],
-            fmt=marker, color=color, ms=6, elinewidth=0.7, label=None if label in labelled else label,
+            fmt=marker, color=color, ms=6, elinewidth=0.7, label=f"{number}  {defence}",
         )  # fmt: skip
-        labelled.add(label)
-        if names:
-            ax.annotate(str(defence), (across, up), (4, 3), textcoords="offset points", fontsize=6.5, color="0.35")
+        # Neighbours in the list are often neighbours in the picture.
+        where = (5, 3) if number % 2 else (-5, -9)
+        ax.annotate(str(number), (across, up), where, textcoords="offset points", fontsize=7, ha="center", color=color)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     if x == "bytes":
         ax.set_xscale("log")

@@ -13,6 +13,7 @@ an uninterrupted search would have done.
 
 import logging
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from tokmerge.spaces import Space
 from tokmerge.trials import COMPLETED, AskTell, Trial, Trials
 
 set_stderr_log_level(logging.ERROR)
+# Exact values have no noise, and the models say so at every fit.
+warnings.filterwarnings("ignore", "Very small noise values detected")
 # botorch would compile a C++ kernel the first time (half a minute), which saves a third of a second a trial and gives
 # other candidates than machines without a compiler get.
 logei._load_attempted = True
