@@ -39,6 +39,7 @@ RULES = (
     Rule("*minutes*", inf, "a clock's"),
     Rule("*seconds*", inf, "a clock's"),
     Rule("*speedup*", inf, "a clock's"),
+    Rule("*per_second*", inf, "a clock's"),
     Rule("*off_overhead*", inf, "a clock's"),
     Rule("*_share", inf, "a clock's"),
     Rule("repro.*", inf, "this machine's"),
