@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 import torch
-from tokmerge import data, embedded, lessons, questions, scenes
+from tokmerge import data, embedded, lessons, llava, packed, questions, scenes
 from torch.nn import functional as F
 
 
@@ -96,6 +98,30 @@ def test_look_is_the_towers_own_forward(images):
     assert (kept.diff(dim=1) > 0).all()
 
 
+def test_pool_is_the_mean_of_its_patches():
+    x = torch.randn(2, 1 + 16, 3)
+    pool = lessons.Pool(1, 2, 4)
+    expected = [x[:, :1]]
+    for row in (0, 2):
+        patches = [1 + 4 * i + j for i in (row, row + 1) for j in range(4)]
+        expected.append(x[:, patches].mean(1, keepdim=True))
+    torch.testing.assert_close(pool(x), torch.cat(expected, 1))
+    assert pool.places(16).tolist() == [0, 8]
+
+
+def test_pooled_tokens_count_for_all_their_patches(images):
+    tower, pool = tiny.tower(), lessons.Pool(1, 2, 4)
+    features, kept, summary = lessons.look(tower, images, pool=pool)
+    assert kept.tolist() == [pool.places(64).tolist()] * 5
+    # In attention a token of size s is s tokens that are alike.
+    x = pool(tower.encoder.layers[0](tower.pre_layrnorm(tower.embeddings(images)), None))
+    x = torch.cat([x[:, :1], x[:, 1:].repeat_interleave(pool.size, 1)], 1)
+    for layer in tower.encoder.layers[1:]:
+        before, x = x, layer(x, None)
+    torch.testing.assert_close(features, before[:, 1 :: pool.size])
+    torch.testing.assert_close(summary, tower.post_layernorm(x[:, 0]))
+
+
 def test_draw_takes_some_tokens_in_order():
     tokens = torch.arange(24.0).view(2, 12, 1)
     some, kept = lessons.draw(tokens, 5)
@@ -113,7 +139,8 @@ def test_label_loss_ignores_the_unknown():
     torch.testing.assert_close(lessons.label_loss(scores, labels, (2, 3)), (first + second) / 2)
 
 
-def test_answers_in_one_row_are_the_answers_one_by_one():
+@pytest.mark.parametrize("pool", [None, lessons.Pool(1, 2, 2)])
+def test_answers_in_one_row_are_the_answers_one_by_one(pool):
     taught, _ = lessons.load("sample", n=3, n_search=2, seed=0, patch=7)
     geometry = {
         "image_size": 84, "patch_size": 7, "width": 24, "depth": 2, "heads": 2, "text_width": 16, "text_depth": 2,
@@ -124,14 +151,18 @@ def test_answers_in_one_row_are_the_answers_one_by_one():
     model = tiny.spread(embedded.build(geometry, vocabulary))
     tokenizer = embedded.processor(geometry, vocabulary).tokenizer
     pixels = taught.show(torch.arange(3))[0] * 2 - 1
-    features = lessons.look(model.model.vision_tower, pixels)[0]
-    together = lessons.answer_loss(model, features, lessons.pack(taught.questions, tokenizer))
+    features = lessons.look(model.model.vision_tower, pixels, pool=pool)[0]
+    together = lessons.answer_loss(model, features, lessons.pack(taught.questions, tokenizer), pool)
+    merged = llava.patch(model.eval(), None, positions="first", weights="size", cut="tower")
     losses = []
-    for image, group in zip(pixels, taught.questions, strict=True):
+    for image, own, group in zip(pixels, features, taught.questions, strict=True):
+        seen = merged.see(image[None])
+        if pool is not None:
+            tokens = replace(packed.pack(own[None]), sizes=torch.full((36,), 4.0))
+            seen = replace(seen, tokens=tokens, first=pool.places(144))
         for question in group:
             prompt = [embedded.IMAGE] * 144 + tokenizer(question.text)["input_ids"]
             answer = [*tokenizer(question.answers[0])["input_ids"], embedded.END]
-            ids = torch.tensor([prompt + answer])
-            logits = model(input_ids=ids, pixel_values=image[None]).logits[0, len(prompt) - 1 : -1]
+            logits = merged(torch.tensor([prompt + answer]), seen)[0][0, -len(answer) - 1 : -1]
             losses.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
     torch.testing.assert_close(together, torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)

@@ -156,13 +156,48 @@ def jitter(images: Tensor, by: int) -> Tensor:
     return padded[torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def look(tower: Any, images: Tensor, keep: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Pool:
+    """Average pooling of a grid of patches inside the tower.
+
+    Attributes:
+        layer: blocks that run before.
+        rows, columns: of the patches that become one token.
+    """
+
+    layer: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Patches a token stands for."""
+        return self.rows * self.columns
+
+    def places(self, n: int) -> Tensor:
+        """The first patch of every token, of n patches.
+
+        >>> Pool(1, 2, 1).places(16)
+        tensor([ 0,  1,  2,  3,  8,  9, 10, 11])
+        """
+        side = round(n**0.5)
+        return torch.arange(n).view(side, side)[:: self.rows, :: self.columns].flatten()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Class token and patches (B, 1 + n, D) to class token and pooled tokens (B, 1 + n / size, D)."""
+        side = round((x.shape[1] - 1) ** 0.5)
+        grid = x[:, 1:].unflatten(1, (side // self.rows, self.rows, side // self.columns, self.columns))
+        return torch.cat([x[:, :1], grid.mean((2, 4)).flatten(1, 2)], 1)
+
+
+def look(tower: Any, images: Tensor, keep: float = 1.0, pool: Pool | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A CLIP tower's last hidden state but one, and its summary of the image.
 
     Args:
         tower: transformers' CLIPVisionModel.
         images: (B, 3, H, W) normalised pixels.
         keep: share of patches that are looked at, drawn at random for every image.
+        pool: patches of the whole image become fewer tokens on the way; their sizes count in attention.
 
     Returns:
         features (B, P', D) without the class token; which patches they are, (B, P'); summary (B, D).
@@ -173,10 +208,13 @@ def look(tower: Any, images: Tensor, keep: float = 1.0) -> tuple[Tensor, Tensor,
     if keep < 1:
         patches, kept = draw(x[:, 1:], round(keep * n))
         x = torch.cat([x[:, :1], patches], 1)
-    x = tower.pre_layrnorm(x)
-    for layer in tower.encoder.layers[:-1]:
-        x = layer(x, None)
-    return x[:, 1:], kept, tower.post_layernorm(tower.encoder.layers[-1](x, None)[:, 0])
+    x, sizes = tower.pre_layrnorm(x), None
+    for index, layer in enumerate(tower.encoder.layers):
+        if pool is not None and index == pool.layer:
+            x, kept = pool(x), pool.places(n).expand(len(x), -1)
+            sizes = F.pad(x.new_full((x.shape[1] - 1,), pool.size).log(), (1, 0)).expand(1, 1, x.shape[1], -1)
+        features, x = x, layer(x, sizes)
+    return features[:, 1:], kept, tower.post_layernorm(x[:, 0])
 
 
 def draw(tokens: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -219,21 +257,27 @@ def pack(asked: Sequence[Sequence[Question]], tokenizer: Any) -> dict[str, Tenso
     }
 
 
-def answer_loss(model: Any, features: Tensor, packed: dict[str, Tensor]) -> Tensor:
+def answer_loss(model: Any, features: Tensor, packed: dict[str, Tensor], pool: Pool | None = None) -> Tensor:
     """Mean cross-entropy of the answers to `pack`'s questions.
 
     Args:
         model: transformers' LlavaForConditionalGeneration.
         features: (B, P, D) of its tower.
         packed: the questions about each image.
+        pool: how the features came to be fewer: they keep the places of their first patches and count for all.
     """
     visual = model.model.multi_modal_projector(features)
     x = torch.cat([visual, model.get_input_embeddings()(packed["ids"]).to(visual.dtype)], 1)
     batch, n = visual.shape[:2]
     group = F.pad(packed["group"], (n, 0), value=-2)
-    positions = torch.cat([torch.arange(n).expand(batch, n), n + packed["offset"]], 1)
+    places = torch.arange(n) if pool is None else pool.places(n * pool.size)
+    patches = n if pool is None else n * pool.size
+    positions = torch.cat([places.expand(batch, n), patches + packed["offset"]], 1)
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
     allowed = causal & ((group[:, None, :] == -2) | (group[:, None, :] == group[:, :, None]))
+    if pool is not None:
+        sizes = F.pad(x.new_full((n,), pool.size).log(), (0, x.shape[1] - n))
+        allowed = sizes.expand(allowed.shape).masked_fill(~allowed, -torch.inf)
     hidden = model.model.language_model(inputs_embeds=x, attention_mask=allowed[:, None], position_ids=positions)
     taught = packed["target"] != IGNORE
     scores = model.lm_head(hidden.last_hidden_state[:, n:][taught])
