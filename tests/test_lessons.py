@@ -109,6 +109,15 @@ def test_pool_is_the_mean_of_its_patches():
     assert pool.places(16).tolist() == [0, 8]
 
 
+def test_every_block_and_layer_is_drawn_and_none_every_fourth_time():
+    torch.manual_seed(0)
+    pools = [lessons.draw_pool(4) for _ in range(800)]
+    drawn = [pool for pool in pools if pool is not None]
+    assert abs(len(drawn) / 800 - 0.75) < 0.05
+    assert {(pool.rows, pool.columns) for pool in drawn} == set(lessons.BLOCKS)
+    assert {pool.layer for pool in drawn} == {1, 2, 3}
+
+
 def test_pooled_tokens_count_for_all_their_patches(images):
     tower, pool = tiny.tower(), lessons.Pool(1, 2, 4)
     features, kept, summary = lessons.look(tower, images, pool=pool)

@@ -22,6 +22,8 @@ from tokmerge.questions import Question, QuestionSet
 IGNORE = -100
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+# Rows and columns of the patches that become one token where tokens are pooled.
+BLOCKS = ((1, 2), (2, 1), (2, 2), (2, 4), (4, 2), (4, 4))
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,13 @@ class Pool:
         side = round((x.shape[1] - 1) ** 0.5)
         grid = x[:, 1:].unflatten(1, (side // self.rows, self.rows, side // self.columns, self.columns))
         return torch.cat([x[:, :1], grid.mean((2, 4)).flatten(1, 2)], 1)
+
+
+def draw_pool(depth: int) -> Pool | None:
+    """A random pooling after one of the first depth - 1 blocks; every fourth time none."""
+    if torch.rand(1) < 0.25:
+        return None
+    return Pool(1 + int(torch.randint(depth - 1, ())), *BLOCKS[int(torch.randint(len(BLOCKS), ()))])
 
 
 def look(tower: Any, images: Tensor, keep: float = 1.0, pool: Pool | None = None) -> tuple[Tensor, Tensor, Tensor]:
