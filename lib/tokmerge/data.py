@@ -156,6 +156,17 @@ def subset(images: ImageSet, positions: Sequence[int] | np.ndarray) -> ImageSet:
     return replace(part, stream=stream)
 
 
+def stretch(images: ImageSet, n: int, skip: int, split: str) -> ImageSet:
+    """n examples of a split in its order, after the first ``skip``.
+
+    Raises:
+        ValueError: the set holds fewer.
+    """
+    if skip + n > len(images):
+        raise ValueError(f"{n} images after the first {skip} are asked for: the {split} split has {len(images)}")
+    return subset(images, range(skip, skip + n))
+
+
 def search_split(labels: Sequence[int] | np.ndarray | Tensor, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut a stratified search split off a training set.
 

@@ -141,7 +141,4 @@ def load(inputs_dir: str, n_images: int, batch_size: int = 32, skip: int = 0) ->
     splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, search, _ = models.reload(inputs, splits, device)
-    last = skip + n_images
-    if last > len(search):
-        raise ValueError(f"{n_images} images after the first {skip} are asked for: the search split has {len(search)}")
-    return Objective(model, data.tensors(data.subset(search, range(skip, last)), models.transform(model)), batch_size)
+    return Objective(model, data.tensors(data.stretch(search, n_images, skip, "search"), models.transform(model)), batch_size)

@@ -90,10 +90,8 @@ def load(
     splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
     model, search, test = models.reload(inputs, splits, "cuda" if torch.cuda.is_available() else "cpu")
     images = test if split == "test" else search
-    last = len(images) if n_images is None else skip + n_images
-    if last > len(images):
-        raise ValueError(f"{n_images} images after the first {skip} are asked for: the {split} split has {len(images)}")
-    return Evaluation(model, data.subset(images, range(skip, last)), batch_size)
+    n_images = len(images) - skip if n_images is None else n_images
+    return Evaluation(model, data.stretch(images, n_images, skip, split), batch_size)
 
 
 def plan(
