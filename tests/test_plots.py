@@ -96,15 +96,15 @@ def test_draw_profile_has_a_line_per_point():
     plt.close(fig)
 
 
-def test_draw_hypervolume_shows_the_median_over_seeds():
+def test_draw_hypervolume_shows_what_is_missing_to_the_median_over_seeds():
     traces = pd.DataFrame(
         [("ax", seed, n, 0.1 * seed + 0.2 * n) for seed in (0, 1, 2) for n in (1, 2)] + [("sobol", 0, 1, 0.4)],
         columns=["method", "seed", "evaluation", "fraction"],
     )
     fig, ax = plt.subplots()
     plots.draw_hypervolume(ax, traces)
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.3, 0.5])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ax", "sobol", "reference front"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["sobol", "ax"]
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [70, 50])
     plt.close(fig)
 
 

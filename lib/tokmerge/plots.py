@@ -226,20 +226,24 @@ def draw_profile(ax: Axes, points: pd.DataFrame) -> None:
 
 
 def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
-    """Draw the hypervolume after n evaluations: the median over the seeds, and all of them as a band.
+    """Draw the hypervolume that is missing after n evaluations: the median over the seeds, and all of them as a band.
+
+    Methods stand in the legend in the order they end in, the best one last, as the lines do.
 
     Args:
         ax: where to draw.
         traces: columns method, seed, evaluation (from 1), fraction (of the reference front's hypervolume).
     """
-    for method, part in traces.groupby("method", sort=False):
-        over = part.groupby("evaluation").fraction
+    missing = traces.assign(percent=100 * (1 - traces.fraction))
+    ends = missing.groupby(["method", "evaluation"]).percent.median().groupby("method").min()
+    for method in ends.sort_values(ascending=False).index:
+        over = missing[missing.method == method].groupby("evaluation").percent
         middle, color = over.median(), COLORS.get(str(method), "0.4")
-        ax.fill_between(middle.index, over.min(), over.max(), color=color, alpha=0.15, lw=0)
+        ax.fill_between(middle.index, over.min(), over.max(), color=color, alpha=0.12, lw=0)
         ax.plot(middle.index, middle, lw=1.4, color=color, label=str(method))
-    ax.axhline(1.0, color=COLORS["unmerged"], lw=0.9, ls="--", label="reference front")
-    ax.set(xlabel="evaluations", ylabel="hypervolume / reference front")
-    ax.legend(loc="lower right")
+    ax.set(xlabel="evaluations", ylabel="hypervolume missing (%)", yscale="log", yticks=[3, 10, 30, 100])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:

@@ -76,4 +76,4 @@ def draw_tokens_per_photo(ax: Axes, table: pd.DataFrame) -> None:
         )  # fmt: skip
     ax.set(xlabel="photos in the scene", ylabel="visual tokens read", xticks=sorted(set(table.photos)))
     ax.set_ylim(0, None)
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
