@@ -22,7 +22,7 @@ help:
 	@echo "make fuzz          decode 126,000 damaged payloads (minutes)"
 	@echo "make setup         .venv from the exact pins (the other commands do it on first use)"
 	@echo "make lab           JupyterLab with the right kernel"
-	@echo "make studies       rerun the frozen stages (training and studies; hours)"
+	@echo "make studies       rerun the frozen stages, training and studies (hours; STUDY=search_study: only this one)"
 	@echo "make bench         images per second and peak memory, printed and saved to results/bench.parquet"
 	@echo "make scale         measure how the cost grows and write docs/scale.md (minutes)"
 	@echo "make audit         known vulnerabilities of the pinned packages (asks pypi.org)"
@@ -52,9 +52,9 @@ executed/embedded/00_tour.ipynb: notebooks/00_tour.ipynb
 	mkdir -p $(@D)
 	papermill $< $@ --cwd notebooks -f params/embedded/00_tour.yaml --log-output --no-progress-bar
 
-# All that dvc.yaml marks as frozen.
+# All that the pipeline marks as frozen, which `dvc repro` passes over.
 studies: $(READY)
-	dvc repro --force --single-item $$(python -c 'import yaml; print(*(name for name, stage in yaml.safe_load(open("dvc.yaml"))["stages"].items() if stage.get("frozen")))')
+	python -m tokmerge.studies $(or $(PROFILE),embedded) $(STUDY)
 
 test: lint
 	pytest -n 2 --dist loadfile --doctest-modules

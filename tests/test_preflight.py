@@ -140,7 +140,7 @@ def test_a_frozen_stage_that_others_wait_for_is_asked_for(root, machine):
     (line,) = preflight.missing(root, "paper")
     assert line == (
         "study: results/paper/study, which stage 50_vqa reads, is made by hand: "
-        "`dvc repro params/paper/dvc.yaml:10_inputs && dvc repro --single-item params/paper/dvc.yaml:99_frozen`"
+        "`.venv/bin/dvc repro params/paper/dvc.yaml:10_inputs && make studies PROFILE=paper STUDY=99_frozen`"
     )
     (root / "results" / "paper" / "study").mkdir(parents=True)
     assert list(preflight.missing(root, "paper")) == []

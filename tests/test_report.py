@@ -91,7 +91,7 @@ def test_overview_shows_every_claim_figure_and_notebook(site):
 
 def test_what_is_missing_names_the_command_that_makes_it(site):
     assert "Not executed here: <code>make repro</code> does that" in text(site, "notebooks/30_search.html")
-    assert "<code>make studies</code>" in text(site, "notebooks/31_search_study.html")
+    assert "<code>make studies STUDY=search_study</code>" in text(site, "notebooks/31_search_study.html")
     assert "<code>make lab</code>" in text(site, "notebooks/00_tour.html")
     stopped = text(site, "notebooks/20_merging.html")
     assert "Its execution ended before the last cell: <code>make repro</code> goes on" in stopped
@@ -145,11 +145,12 @@ def test_without_figures_it_names_the_command(root, tmp_path):
 
 def test_commands_follow_the_pipeline(root):
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    for stage in stages.values():
+    for name, stage in stages.items():
         stem = re.search(r"notebooks/(\w+)\.ipynb", stage["cmd"]).group(1)
-        expected = "make studies" if stage.get("frozen") else "make repro"
+        expected = f"make studies STUDY={name}" if stage.get("frozen") else "make repro"
         assert expected in report.make_command(root, stem, "embedded")
-    assert "search_study" in report.make_command(root, "31_search_study", "paper")
+    study = report.make_command(root, "31_search_study", "paper")
+    assert study == "`make studies PROFILE=paper STUDY=search_study` (hours)"
     assert report.make_command(root, "30_search", "paper") == "`make repro PROFILE=paper`"
 
 

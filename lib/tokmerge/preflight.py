@@ -156,8 +156,8 @@ def _studies(root: Path, profile: str) -> Iterator[str]:
             study = maker.get(dep)
             if study and stages[study].get("frozen") and not (root / dep).exists():
                 first = [f"{pipeline}:{maker[one]}" for one in stages[study]["deps"] if one in maker]
-                command = f"dvc repro {' '.join(first)} && " if first else ""
-                command += f"dvc repro --single-item {pipeline}:{study}"
+                command = f".venv/bin/dvc repro {' '.join(first)} && " if first else ""
+                command += f"make studies PROFILE={profile} STUDY={study}"
                 yield f"study: {dep}, which stage {name} reads, is made by hand: `{command}`"
 
 

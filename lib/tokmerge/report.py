@@ -144,9 +144,8 @@ def make_command(root: Path, stem: str, profile: str) -> str:
         if f"notebooks/{stem}.ipynb" in stage["cmd"]:
             if not stage.get("frozen"):
                 return f"`make repro{option}`"
-            if profile == "embedded":
-                return "`make studies` (hours; its tables ship with the repository)"
-            return f"`dvc repro --single-item {pipeline.relative_to(root)}:{name}` (hours)"
+            shipped = "" if option else "; its tables ship with the repository"
+            return f"`make studies{option} STUDY={name}` (hours{shipped})"
     return "`make lab` (run all cells)"
 
 
