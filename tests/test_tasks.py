@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from PIL import Image
 from tokmerge import codecs, llava, questions, tasks, vqa
 from tokmerge.data import DataError
@@ -85,6 +86,7 @@ def test_shipped_models_bring_their_questions():
     assert (task.search.split, task.test.split) == ("search", "test")
     assert len(task.test) == 12
     assert task.template == "<image> {question}"
+    assert task.model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     # A photo is 28 x 28 pixels; blank cells are black.
     for question, image in task.test.pairs():
         cells = np.asarray(image)[..., 0].reshape(3, 28, 3, 28).max((1, 3))

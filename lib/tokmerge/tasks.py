@@ -64,6 +64,7 @@ def load(
         DataError: no questions are named, or they cannot be had.
         ValueError: there is no such model.
     """
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     if name in embedded.NAMES:
         where: dict[str, Any] = {} if name == "easy-vqa-llava" else {"source": photos, "data_dir": data_dir}
         search, test = answering.splits(name, n_search, n_test or 1000, **where)
@@ -72,12 +73,12 @@ def load(
             made = scenes.load("test", n_test or 1000, seed=embedded.card(name)["params"]["seed"], **where)
             names = dict.fromkeys(question.image_id for question in test.questions)
             counts = dict(zip(names, made.counts.tolist(), strict=True))
-        return Task(name, *embedded.load(name), search, test, embedded.TEMPLATE, counts)
+        model, processor = embedded.load(name)
+        return Task(name, model.to(device), processor, search, test, embedded.TEMPLATE, counts)
     if source is None:
         raise DataError(f"{name} brings no questions: name a source, such as vqav2 with a path")
     everything = questions.load(source, split, path=path, data_dir=data_dir)
     inside, rest = questions.search_split(everything, n_search, seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = llava.load(name, device, dtype)
     test = questions.subset(everything, rest)
     if n_test is not None:
