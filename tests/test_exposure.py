@@ -27,8 +27,12 @@ def inputs_dir(tmp_path_factory):
 class Always(torch.nn.Module):
     """A judge that sees the same class everywhere."""
 
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.eye(10)[3])
+
     def forward(self, images):
-        return torch.nn.functional.one_hot(torch.full((len(images),), 3), 10).float()
+        return self.scores.expand(len(images), -1)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,15 @@ def test_a_tower_is_attacked_by_the_same_means():
     assert torch.allclose(heard.x.float().view(8, 64, -1), hidden, atol=2e-2)
 
 
+def test_a_timm_judge_takes_pictures_and_normalises_them(monkeypatch):
+    model = models.load("fashion-vit")
+    monkeypatch.setattr(models, "load", lambda name: model)
+    images = torch.rand(4, 1, 28, 28)
+    with torch.inference_mode():
+        expected = model((images - models.FASHION_MEAN) / models.FASHION_STD)
+        torch.testing.assert_close(exposure.timm_judge("any", "cpu")(images), expected)
+
+
 def test_scene_hits_look_at_the_cells_that_show_something():
     kinds = np.full((2, 9), -1)
     kinds[0, [0, 4]] = 3, 5
@@ -113,10 +126,15 @@ def test_scene_hits_look_at_the_cells_that_show_something():
     images[0, :, 28:56, 28:56] = 0.4  # names itself 4
     images[1, :, 56:, 56:] = 0.2
 
-    def judge(cells):
-        return torch.nn.functional.one_hot((cells.mean((1, 2, 3)) * 10).round().long(), 10).float()
+    class Brightness(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes = torch.nn.Parameter(torch.eye(10))
 
-    hits = exposure.scene_hits(judge, kinds)
+        def forward(self, cells):
+            return self.classes[(cells.mean((1, 2, 3)) * 10).round().long()]
+
+    hits = exposure.scene_hits(Brightness(), kinds)
     assert hits(images).tolist() == [0.5, 1.0]
     assert hits(images[:1]).tolist() == [0.5]
     assert scenes.PHOTO == 28

@@ -116,6 +116,19 @@ def test_a_judge_learns_what_it_is_taught():
     assert (found == labels).float().mean() > 0.9
 
 
+def test_images_go_where_the_judge_lies():
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, images):
+            assert images.device.type == "meta"
+            return torch.eye(3)[: len(images)]
+
+    assert leakage.classify(Elsewhere(), torch.zeros(3, 1, 12, 12)).tolist() == [0, 1, 2]
+
+
 def test_retraining_intervals_hold_one_more_training_in_19_of_20_cases():
     rng = np.random.default_rng(0)
     draws = rng.normal(0, [[1.0]] * 2000, (2000, 8))

@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
 
 from tokmerge import attackers, data, leakage, models, paths, store
 from tokmerge.clip import patch as patch_tower
@@ -196,8 +197,7 @@ def classification(
         return packed.x[packed.layout.offsets].cpu()
 
     def hits(images: Tensor) -> Tensor:
-        found = leakage.classify(lambda part: judge(part.to(device)), images)
-        return (found == test.labels[: len(images)]).float()
+        return (leakage.classify(judge, images) == test.labels[: len(images)]).float()
 
     setting = Setting(
         hear, mean, std, model.num_prefix_tokens, unnormalise(public, mean, std), unnormalise(test.images, mean, std),
@@ -236,14 +236,9 @@ def normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def timm_judge(name: str, device: str | torch.device) -> nn.Module:
     """A pretrained timm classifier of images in [0, 1], for data that it knows."""
-    model = models.load(name).to(device)
-    mean, std = (part.view(-1, 1, 1).to(device) for part in normalisation(model))
-
-    class Normalised(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return model((images - mean) / std)
-
-    return Normalised().eval()
+    model = models.load(name)
+    mean, std = normalisation(model)
+    return nn.Sequential(Normalize(mean.tolist(), std.tolist()), model).eval().to(device)
 
 
 def tower(
@@ -260,16 +255,15 @@ def tower(
         hits: as in `Setting`.
         batch_size: images at a time, outside training.
     """
-    plain = patch_tower(vision, None, layer=layer)
+    plain, device = patch_tower(vision, None, layer=layer), next(vision.parameters()).device
 
     def hear(defence: Defence, split_layer: int | None) -> Callable[[Tensor], Packed]:
         merged = patch_tower(vision, defence.policy, layer=layer)
-        device = next(merged.parameters()).device
         return lambda images: merged(images.to(device), source=True)[0]
 
     def mean_features(images: Tensor) -> Tensor:
-        packed = plain(setting.normalise(images))[0]
-        return packed.layout.pad(packed.x).mean(1)
+        packed = plain(setting.normalise(images).to(device))[0]
+        return packed.layout.pad(packed.x).mean(1).cpu()
 
     groups = torch.zeros(len(test), dtype=torch.long)  # any scene may be the original
     setting = Setting(hear, mean, std, 0, public, test, groups, hits, mean_features, None, batch_size)

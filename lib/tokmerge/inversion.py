@@ -76,8 +76,9 @@ def invert(
         seed: of the start.
 
     Returns:
-        (B, C, H, W) images in [0, 1], and the curve: step, loss.
+        (B, C, H, W) images in [0, 1], on the CPU, and the curve: step, loss.
     """
+    images = images.to(next(model.parameters()).device)
     merged = patch(model, None if policy is None else Replay(policy), split_layer=split_layer)
     mean, std = (part.view(-1, 1, 1).to(images.device) for part in (mean, std))
     with torch.no_grad():
@@ -97,4 +98,4 @@ def invert(
         schedule.step()
         if step % max(1, steps // 10) == 0:
             curve.append({"step": step, "loss": distance.item()})
-    return logits.detach().sigmoid(), pd.DataFrame(curve)
+    return logits.detach().sigmoid().cpu(), pd.DataFrame(curve)

@@ -198,10 +198,11 @@ def teach(
     return judge.eval()
 
 
-def classify(judge: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256) -> Tensor:
-    """(n,) predicted classes of (n, C, H, W) images in [0, 1]."""
+def classify(judge: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """(n,) predicted classes, on the CPU, of (n, C, H, W) images in [0, 1], which go where the judge lies."""
+    device = next(judge.parameters()).device
     with torch.inference_mode():
-        return torch.cat([judge(batch).argmax(1).cpu() for batch in images.split(batch_size)])
+        return torch.cat([judge(batch.to(device)).argmax(1).cpu() for batch in images.split(batch_size)])
 
 
 def retraining_intervals(values: Mapping[str, Sequence[float]], level: float = 0.95) -> dict[str, tuple[float, float]]:
