@@ -3,7 +3,7 @@
 `patch` wraps a tower; the tower itself, its class and its state_dict stay as they are. One layer (pre-norm):
 
     x = x + attention(layer_norm1(x))   proportional: softmax_j(q_i.k_j / sqrt(d) + log s_j)
-    x = merge(x)                        the policy chooses pairs by the mean-over-heads keys
+    x = merge(x)                        the policy chooses pairs by tokens or mean-over-heads keys (`policy.feature`)
     x = x + mlp(layer_norm2(x))         on the survivors
 
 A multimodal model reads one hidden layer, usually the last but one. Layers beyond it are not run, so a policy

@@ -1,8 +1,8 @@
 """`python -m tokmerge.verify`: are the rebuilt numbers the committed ones?
 
 Compares figures/numbers.json with the one in git, number by number. The first rule whose pattern fits a key says how
-far its number may move. What a clock measured is only reported; what a search found may differ between machines (the
-optimiser's compiled and its fallback kernel propose different candidates), but not by much.
+far its number may move. What a clock measured is only reported; what a search found may differ between machines (they
+round differently, and every proposal depends on all measurements before it), but not by much.
 """
 
 import argparse

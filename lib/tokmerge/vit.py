@@ -3,7 +3,7 @@
 `patch` wraps a model; the model itself, its class and its state_dict stay as they are. One block (pre-norm):
 
     x = x + attention(norm1(x))     proportional: softmax_j(q_i.k_j / sqrt(d) + log s_j)
-    x = merge(x)                    the policy chooses pairs by the mean-over-heads keys
+    x = merge(x)                    the policy chooses pairs by tokens or mean-over-heads keys (`policy.feature`)
     x = x + mlp(norm2(x))           on the survivors
 """
 
