@@ -68,14 +68,18 @@ def test_hours_add_up():
 
 def test_passes_are_those_of_the_params():
     folder = paths.root() / "params" / "paper"
-    merging, search, vqa = (
-        yaml.safe_load((folder / f"{n}.yaml").read_text()) for n in ("20_merging", "30_search", "50_vqav2")
+    merging, search, imagenet, vqa = (
+        yaml.safe_load((folder / f"{n}.yaml").read_text())
+        for n in ("20_merging", "30_search", "40_imagenet", "50_vqav2")
     )
     work = {one.stage: one for one in scale.WORK}
-    assert work["merging"].passes == (1 + len(merging["thresholds"]) + len(merging["fixed_r"])) * 45_000
+    assert work["merging"].passes == (len(merging["thresholds"]) + len(merging["fixed_r"])) * 45_000
     evaluations = search["n_trials"] + search["n_uniform"] + search["n_fixed_r"]
     assert work["search"].trials == search["n_trials"]
     assert work["search"].passes == evaluations * search["n_images"] + 20 * search["n_front_images"]
+    assert (imagenet["imagenet_study"], imagenet["n_test"]) == (None, None)
+    points = 3 * len(imagenet["divergences"]) + len(imagenet["fixed_r"])
+    assert work["imagenet"].passes == points * 45_000 + 30 * imagenet["n_baseline"]
     ours, others = len(vqa["shares"]), sum(map(len, contenders.grids(24, 32, 576, vqa["n_grid"]).values()))
     points = 1 + ours + others + len(vqa["precisions"]) * (1 + ours)
     codecs = 2 * len(vqa["qualities"]) * vqa["n_codec"] * 5.3  # questions per image

@@ -60,11 +60,13 @@ class Work:
 
 WORK = (
     Work("inputs", DEIT, 50_000),
-    Work("merging", DEIT, (1 + 6 + 5) * 45_000, 0.6),
+    # On all test images; what the unmerged model makes of them is that of inputs, here and in imagenet.
+    Work("merging", DEIT, (6 + 5) * 45_000, 0.6),
     Work("search", DEIT, (96 + 12 + 16) * 2_000 + 20 * 5_000, 0.5, trials=96),
-    # Five points on all test images; codecs, splits and precisions on a few.
-    Work("imagenet", DEIT, 5 * 45_000 + 30 * 2_000, 0.7),
-    # Every question left of the validation split: unmerged, ours, six other methods' grids, ours in fewer bits; codecs.
+    # Up to three points of the front within each divergence, two of ToMe; codecs, splits and precisions on a few.
+    Work("imagenet", DEIT, (3 * 4 + 2) * 45_000 + 30 * 2_000, 0.7),
+    # Every question left of the validation split: unmerged, ours, the grids of seven other methods, ours in fewer bits;
+    # codecs on some.
     Work("vqav2", LLAVA, (1 + 9 + 48 + 2 * 10) * 212_000 + 8 * 10_600, 0.5),
     # The server's half of the model for every policy, precision, SNR and draw.
     Work("channel", DEIT, 20 * 3 * 11 * 2 * 5_000, 0.25),
