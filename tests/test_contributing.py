@@ -28,6 +28,13 @@ def run(tmp_path):
     return run
 
 
+def test_the_map_names_every_module_once():
+    rows = re.findall(r"^\| (.+?) \|", TEXT, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(?:lib/tokmerge/)?(\w+)`", row)]
+    modules = {path.stem for path in (paths.root() / "lib" / "tokmerge").glob("*.py")} - {"__init__"}
+    assert sorted(named) == sorted(modules)
+
+
 def test_there_are_four_short_examples():
     assert list(EXAMPLES) == ["policy", "backbone", "data set", "channel"]
     for name, code in EXAMPLES.items():
