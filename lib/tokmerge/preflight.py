@@ -183,7 +183,7 @@ def _hub(wanted: Needs) -> Iterator[str]:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if (wanted.data or wanted.models) and huggingface_hub.get_token() is None:
-        yield "token: no Hugging Face token: `hf auth login`, or set HF_TOKEN"
+        yield "token: no Hugging Face token: `.venv/bin/hf auth login`, or set HF_TOKEN"
     api = huggingface_hub.HfApi()
     for kind, names in (("dataset", wanted.data), ("model", wanted.models)):
         for name, file in names.items():
