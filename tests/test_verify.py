@@ -61,6 +61,39 @@ def test_every_committed_number_has_a_rule_of_its_own_or_is_a_threshold():
     assert all(key.endswith(".value") for key in without), without
 
 
+def test_real_keys_meet_the_rule_that_is_meant():
+    numbers = json.loads((paths.root() / verify.NUMBERS).read_text())
+    meant = {
+        "search.hv64_fraction.top1": "a ratio",
+        "vqav2.unmerged": "an accuracy, half a point",
+        "vqav2.scenes.unmerged": "an accuracy, half a point",
+        "privacy.ssim.unmerged": "a similarity",
+        "privacy.ssim.worst.unmerged_0_db.low": "a similarity",
+        "privacy.matched.unmerged": "a share of few images",
+        "privacy.top1.unmerged_0_db": "an accuracy, half a point",
+        "privacy.attack_task_accuracy.merged_10_db": "an accuracy of few images",
+        "privacy.bytes.unmerged": "bytes of what a search found",
+        "imagenet.sent.class_token_ours.bytes_at_0.5pp": "a count",
+        "imagenet.sent.tokens_ours.bytes_at_0.5pp": "bytes of what a search found",
+        "imagenet.peer.ToMe.bytes_at_0.5pp": "a ratio",
+        "imagenet.best_macs_at_0.5pp": "what a search found",
+        "imagenet.ours.front.macs_at_0.5pp": "what a search found",
+        "channel.gain_db_at_equal_uses": "decibels",
+        "channel.policy_regret_half_pp": "points of accuracy",
+    }
+    assert set(meant) <= set(numbers)
+    assert {key: verify.rule_of(key).why for key in meant} == meant
+    assert verify.rule_of("imagenet.best_macs_at_0.5pp").tolerance == (
+        verify.rule_of("imagenet.ours.front.macs_at_0.5pp").tolerance
+    )
+    # Hundreds are counts or bytes, and no ratio's tolerance fits them.
+    large = [key for key, value in numbers.items() if not isinstance(value, str) and abs(value) > 100]
+    assert not [key for key in large if 0 < verify.rule_of(key).tolerance < 1]
+    # 90_figures writes evaluations only where a rival matches the search.
+    used = {verify.rule_of(key).pattern for key in numbers}
+    assert {rule.pattern for rule in verify.RULES} - used == {"*evaluations_to_match*"}
+
+
 @pytest.fixture
 def clone(tmp_path):
     """A repository of one commit that holds numbers; (folder, write new numbers, run verify)."""
