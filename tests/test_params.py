@@ -1,5 +1,7 @@
 """params/ and notebooks/ must agree: a wrong name in a file is found here, not hours into a run."""
 
+import ast
+
 import nbformat
 import pytest
 import yaml
@@ -23,6 +25,16 @@ def test_parameters_cell_holds_literals_only_and_comes_first(path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert "parameters" in code[0].metadata.tags
     assert "notebook.parameters(globals())" in code[1].source, "parameters are checked before any work"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_is_used(path):
+    _, *code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
+    # By name, or as the key of params[...].
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not set(notebook.literal_names(parameter_cell(path))) - used
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
