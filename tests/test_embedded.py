@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -53,5 +55,6 @@ def test_unknown_and_damaged_models_are_named(monkeypatch, tmp_path):
         content = (embedded.paths.ASSETS / f"{stem}{suffix}").read_bytes()
         (tmp_path / f"{stem}{suffix}").write_bytes(content if suffix == ".json" else content[:-1])
     monkeypatch.setattr(embedded.paths, "ASSETS", tmp_path)
-    with pytest.raises(ValueError, match="does not match its card"):
+    named = re.escape(str(tmp_path / f"{stem}.safetensors"))
+    with pytest.raises(ValueError, match=rf"does not match its card.*git checkout -- {named}`"):
         embedded.load("scenes-llava")

@@ -128,7 +128,7 @@ def load(name: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """
     facts, weights = card(name), paths.ASSETS / f"{NAMES[name]}.safetensors"
     if store.sha256(weights) != facts["sha256"]:
-        raise ValueError(f"{weights} does not match its card: restore it with `git checkout -- {weights.name}`")
+        raise ValueError(f"{weights} does not match its card: restore it with `git checkout -- {weights}`")
     model = build(facts["geometry"], facts["words"])
     model.load_state_dict({key: value.float() for key, value in store.load_tensors(weights).items()})
     return model.eval(), processor(facts["geometry"], facts["words"])

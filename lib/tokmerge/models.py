@@ -75,7 +75,7 @@ def load(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -> nn.M
     if name == FASHION_VIT:
         weights = Path(checkpoint or paths.ASSETS / "fashion_vit.safetensors")
         if checkpoint is None and store.sha256(weights) != card()["sha256"]:
-            raise ValueError(f"{weights} does not match its card: restore it with `git checkout -- {weights.name}`")
+            raise ValueError(f"{weights} does not match its card: restore it with `git checkout -- {weights}`")
         model: nn.Module = build_fashion_vit()
         model.load_state_dict({key: value.float() for key, value in store.load_tensors(weights).items()})
     elif not timm.is_model(name):
