@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import tokmerge
+from conftest import build
 from tokmerge import cli
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -27,6 +29,13 @@ def test_a_served_model_answers_a_device_over_a_noisy_channel(end, capsys):
     assert said.startswith("4 images, ")
     assert "channel uses, awgn at 12 dB" in said
     assert "0 refused" in said
+
+
+def test_a_model_of_colours_takes_the_grey_sample():
+    model = build()
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    batch = cli.photos(tokmerge.patch(model, None, split_layer=2), "test")
+    assert batch.images.shape[1:] == (3, 32, 32)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from tokmerge import data, fashion, models, paths, store
 
 
@@ -72,6 +73,21 @@ def test_transform_is_the_models_own():
     expected = torch.tensor(list(example.image.tobytes())).view(1, 28, 28) / 255
     expected = (expected - models.FASHION_MEAN) / models.FASHION_STD
     torch.testing.assert_close(models.transform(model)(example.image), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA")])
+def test_images_come_with_the_models_channels(channels, mode):
+    model = VisionTransformer(img_size=28, patch_size=4, embed_dim=16, depth=1, num_heads=2, in_chans=channels)
+    model.pretrained_cfg = {
+        "input_size": (channels, 28, 28),
+        "crop_pct": 1.0,
+        "mean": (0,) * channels,
+        "std": (1,) * channels,
+    }
+    grey = next(fashion.sample().examples()).image
+    made = models.transform(model)(grey.convert(mode))
+    expected = torch.tensor(list(grey.tobytes())).view(1, 28, 28) / 255
+    torch.testing.assert_close(made, expected.expand(channels, 28, 28))
 
 
 def test_pixels_undo_the_transform():

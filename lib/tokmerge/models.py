@@ -96,8 +96,10 @@ def card() -> dict[str, Any]:
 
 
 def transform(model: nn.Module) -> Callable[[Any], torch.Tensor]:
-    """The model's own evaluation transform: PIL image -> (C, H, W) float tensor."""
-    return create_transform(**resolve_model_data_config(model), is_training=False)
+    """The model's own evaluation transform: any PIL image -> (C, H, W) float tensor of its channels."""
+    config = resolve_model_data_config(model)
+    made, mode = create_transform(**config, is_training=False), "L" if config["input_size"][0] == 1 else "RGB"
+    return lambda image: made(image.convert(mode))
 
 
 def pixels(model: nn.Module, image: torch.Tensor) -> np.ndarray:
