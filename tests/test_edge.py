@@ -76,7 +76,7 @@ def lines(behaviours):
     return connected, asked
 
 
-@pytest.mark.parametrize(("behaviour", "again"), [("drop after two", True), ("twice", True)])
+@pytest.mark.parametrize(("behaviour", "again"), [("drop after two", 102), ("twice", 101)])
 def test_after_a_broken_line_only_the_unanswered_are_sent_again(behaviour, again):
     async def run():
         connected, asked = lines([behaviour])
@@ -86,10 +86,7 @@ def test_after_a_broken_line_only_the_unanswered_are_sent_again(behaviour, again
         server.close()
         assert len(replies) == 4
         assert all(reply.scores is not None for reply in replies)
-        answered_first = 2 if behaviour == "drop after two" else 1
-        assert asked.count(100) == 1
-        assert all(asked.count(100 + i) == 1 for i in range(answered_first))
-        assert asked.count(103) >= 1
+        assert asked == sorted([100, 101, 102, 103, again])
 
     asyncio.run(run())
 

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from tokmerge import embedded, llava, questions, vqa
+from tokmerge import embedded, llava, questions, scenes, vqa
 
 GEOMETRY = {
     "image_size": 32, "patch_size": 8, "width": 24, "depth": 3, "heads": 2, "text_width": 16, "text_depth": 2,
@@ -40,11 +40,12 @@ def test_shipped_weights_match_their_card_and_answer(name):
     assert not model.training
     assert sum(parameter.numel() for parameter in model.parameters()) == card["parameters"]
     assert card["test_accuracy"] >= {"easy-vqa-llava": 0.97, "scenes-llava": 0.85}[name]
-    asked = questions.easy_vqa("test") if name == "easy-vqa-llava" else None
-    if asked is not None:
-        some = questions.subset(asked, range(60))
-        table = vqa.run(llava.patch(model, None), processor, some, template=embedded.TEMPLATE, max_new_tokens=3)
-        assert table.accuracy.mean() >= 0.95
+    if name == "easy-vqa-llava":
+        asked, least = questions.subset(questions.easy_vqa("test"), range(60)), 0.95
+    else:
+        asked, least = scenes.load("test", 20, source="sample").questions, 0.85
+    table = vqa.run(llava.patch(model, None), processor, asked, template=embedded.TEMPLATE, max_new_tokens=3)
+    assert table.accuracy.mean() >= least
 
 
 def test_unknown_and_damaged_models_are_named(monkeypatch, tmp_path):
