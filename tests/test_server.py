@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -181,6 +182,28 @@ def test_one_connection_cannot_take_the_server_for_itself(desk, merged, images):
         assert max(batches) <= 2
 
     talking(Watched(desk.merged, desk.prototype), scene, window=2)
+
+
+def test_a_bad_message_behind_an_unanswered_one_does_not_keep_the_connection(desk):
+    answering, done = threading.Event(), threading.Event()
+
+    class Slow(Desk):
+        def answer(self, payloads):
+            answering.set()
+            done.wait(10)
+            return super().answer(payloads)
+
+    async def scene(server, connect):
+        reader, writer = await connect()
+        writer.write(bytes(Message(1, REQUEST, b"x")) + bytes(Message(2, ANSWER, b"x")))
+        try:
+            assert await asyncio.wait_for(reader.read(), 5) == b"", "closed, though no answer is there"
+            assert answering.is_set()
+            assert server.failed == 1
+        finally:
+            done.set()
+
+    talking(Slow(desk.merged, desk.prototype), scene, window=1, idle_s=0.2)
 
 
 def test_trouble_in_the_model_is_answered(desk, merged, images):

@@ -238,8 +238,9 @@ class Server:
                 await self._queue.put((message, out))
         except MessageError as error:
             self.failed += 1
-            await permits.acquire()
-            out.put_nowait(Message(error.request, FAILURE, str(error).encode()))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(permits.acquire(), self.idle_s)
+                out.put_nowait(Message(error.request, FAILURE, str(error).encode()))
         except (TimeoutError, ConnectionError):
             pass
 
