@@ -36,11 +36,12 @@ def test_wrong_answers_stand_out():
 
 def test_tokens_per_photo_are_a_line_per_point():
     table = pd.DataFrame(
-        {"photos": [1, 2, 1, 2, 1, 2], "tokens": [3, 5, 7, 9, 4, 4], "method": ["threshold"] * 4 + ["ToMe"] * 2,
-         "point": [0, 0, 1, 1, 2, 2]}
+        {"photos": [1, 2, 1, 2, 1, 2], "tokens": [3, 5, 7, 9, 4, 4],
+         "method": ["threshold"] * 4 + ["one threshold"] * 2, "point": [0, 0, 1, 1, 2, 2]}
     )  # fmt: skip
     fig, ax = plt.subplots()
     plots_vqa.draw_tokens_per_photo(ax, table)
     assert [line.get_ydata().tolist() for line in ax.lines] == [[3, 5], [7, 9], [4, 4]]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--"], "one threshold is none of ours"
     assert len(ax.get_legend().get_texts()) == 2
     plt.close(fig)

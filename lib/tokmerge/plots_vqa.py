@@ -10,6 +10,9 @@ from matplotlib.axes import Axes
 
 from tokmerge.plots import COLORS, LABELS, draw_merge_map
 
+# Methods with a threshold for every layer; "one threshold" for all of them is a peer.
+OURS = ("threshold", "local threshold")
+
 
 def draw_answering(axes: Sequence[Axes], points: pd.DataFrame, limit: float) -> None:
     """Draw the loss of accuracy against MACs and against bytes, a colour per method; ours with a black edge.
@@ -23,7 +26,7 @@ def draw_answering(axes: Sequence[Axes], points: pd.DataFrame, limit: float) -> 
     shades = colormaps["tab20"](np.arange(len(methods)) % 20)
     for ax, cost in zip(axes, ("macs_ratio", "bytes_ratio"), strict=True):
         for method, shade in zip(methods, shades, strict=True):
-            part, ours = points[points.method == method], "threshold" in method and method != "one threshold"
+            part, ours = points[points.method == method], method in OURS
             for few, rows in part.groupby(part.precision.isin(["int8", "int4"])):
                 ax.errorbar(
                     rows[cost], 100 * rows["drop"], 100 * rows.drop_ci95, label=None if few else method, color=shade,
@@ -58,7 +61,7 @@ def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
 
 
 def draw_tokens_per_photo(ax: Axes, table: pd.DataFrame) -> None:
-    """Draw the visual tokens read against the photos in the scene, a line per point.
+    """Draw the visual tokens read against the photos in the scene, a line per point; ours solid.
 
     Args:
         ax: where to draw.
@@ -69,7 +72,7 @@ def draw_tokens_per_photo(ax: Axes, table: pd.DataFrame) -> None:
     for point, part in table.groupby("point", sort=False):
         method = part.method.iloc[0]
         first = point == table[table.method == method].point.iloc[0]
-        ours = "threshold" in method
+        ours = method in OURS
         ax.plot(
             part.photos, part.tokens, "o-" if ours else "s--", ms=3, lw=1.4 if ours else 0.8,
             color=shades[methods.index(method)], label=method if first else None,
