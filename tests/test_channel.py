@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tokmerge.channel import CODED_BITS, LADDER, Channel, Mcs, block_errors, modulate, send_bytes, uncoded_errors
+from tokmerge.channel import CODED_BITS, LADDER, Channel, Mcs, block_errors, modulate, send_bytes, soft_bits
 
 
 def generator(seed=0):
@@ -39,6 +39,13 @@ def rayleigh_ber(bits, snr):
     return sum(
         weight * 0.5 * (1 - (factor * snr / (2 + factor * snr)) ** 0.5) for factor, weight in qam_terms(bits).items()
     )
+
+
+def uncoded_errors(bits, channel, snr_db, n_blocks, symbols, generator):
+    """(n_blocks,) wrong bits of so many blocks of uncoded symbols, decided symbol by symbol."""
+    sent = torch.randint(0, 2, (n_blocks, symbols * bits), generator=generator)
+    got = soft_bits(channel.send(modulate(sent, bits), snr_db, generator), bits) > 0
+    return (got != sent.bool()).sum(1)
 
 
 @pytest.mark.parametrize(("bits", "snr_db"), [(2, 4.0), (4, 10.0), (6, 15.0), (8, 20.0)])

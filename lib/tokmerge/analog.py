@@ -174,7 +174,7 @@ class AnalogSent:
         with torch.inference_mode():
             for part in torch.arange(len(tokens.lengths)).split(128):
                 some, rows = take(tokens, part)
-                served = conceal(some, arrived[rows], self.sent.prototype, self.sent.patches, air.concealment)
+                served = conceal(some, arrived[rows], self.sent.prototype, self.sent.patches)
                 answers[part] = self.sent.merged.serve(served).argmax(1)
         return answers
 

@@ -220,12 +220,3 @@ def send_bytes(
     info = info.view(-1, scheme.info_bits)
     got = transmit(info, scheme, channel, snr_db, generator)
     return np.packbits(got.flatten().numpy())[: len(payload)].tobytes(), (got != info).any(1)
-
-
-def uncoded_errors(
-    bits: int, channel: Channel, snr_db: float, n_blocks: int, symbols: int, generator: torch.Generator
-) -> Tensor:
-    """(n_blocks,) wrong bits of so many blocks of uncoded symbols, decided symbol by symbol."""
-    sent = torch.randint(0, 2, (n_blocks, symbols * bits), generator=generator)
-    got = soft_bits(channel.send(modulate(sent, bits), snr_db, generator), bits) > 0
-    return (got != sent.bool()).sum(1)

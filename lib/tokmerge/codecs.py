@@ -83,19 +83,18 @@ def scan_bytes(payload: bytes) -> int:
     raise CodecError(f"{len(payload)} bytes without a JPEG scan")
 
 
-def shrink(payload: bytes, level: int = ZSTD_LEVEL) -> bytes:
+def shrink(payload: bytes) -> bytes:
     """A payload behind a lossless coder (zstandard), or as it is where that would be longer.
 
     Args:
         payload: of `tokmerge.wire.encode`, or any bytes that do not begin like a zstandard frame.
-        level: 1 (fastest) to 22.
 
     >>> len(shrink(bytes(1000))) < 25, shrink(b"TM")
     (True, b'TM')
     """
     if payload.startswith(ZSTD_MAGIC):
         raise ValueError("the payload already is a zstandard frame")
-    coded = zstandard.ZstdCompressor(level=level).compress(payload)
+    coded = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(payload)
     return min(coded, payload, key=len)
 
 

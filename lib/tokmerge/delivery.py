@@ -96,7 +96,7 @@ class Sent:
             cap: fastest scheme that may be used, see `tokmerge.fragments.fit`.
             generator: of gains and errors.
         """
-        return self.predict(self.arrivals(air, snr_db, uses, cap, generator), air.concealment)
+        return self.predict(self.arrivals(air, snr_db, uses, cap, generator))
 
     def taken(self, air: "Air", uses: int | Tensor, cap: int) -> Tensor:
         """(B,) channel uses that each payload really takes."""
@@ -117,13 +117,11 @@ class Air:
         channel: what happens to a code block.
         rates: how often a block is lost, measured with what the channel's receiver knows.
         fading: whether a gain holds for a "payload" or for one "block".
-        concealment: what the server does without lost tokens, see `tokmerge.fragments.conceal`.
     """
 
     channel: Channel
     rates: ErrorRates
     fading: str = "payload"
-    concealment: str = "drop"
 
 
 def arrive(

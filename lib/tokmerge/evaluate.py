@@ -108,13 +108,13 @@ def split_batch(batch: Batch, size: int) -> Iterable[Batch]:
         yield Batch(batch.ids[part], batch.images[part], batch.labels[part])
 
 
-def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion (Wilson 1927): stays inside [0, 1] and is honest near its ends.
 
     >>> [round(end, 4) for end in wilson_interval(90, 100)]
     [0.8256, 0.9448]
     """
-    share = hits / n
+    share, z = hits / n, 1.959964
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

@@ -54,8 +54,6 @@ def invert(
     std: Tensor,
     steps: int,
     tv_weight: float,
-    lr: float = 0.3,
-    split_layer: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, pd.DataFrame]:
     """White-box attack: descend from noise to images whose tokens are the intercepted ones.
@@ -71,22 +69,20 @@ def invert(
         mean, std: (C,) normalisation the model expects.
         steps: of Adam on the pixels' logits.
         tv_weight: of the total variation (mean absolute difference of neighbouring pixels).
-        lr: of the first step; it falls to zero.
-        split_layer: as in `tokmerge.patch`.
         seed: of the start.
 
     Returns:
         (B, C, H, W) images in [0, 1], on the CPU, and the curve: step, loss.
     """
     images = images.to(next(model.parameters()).device)
-    merged = patch(model, None if policy is None else Replay(policy), split_layer=split_layer)
+    merged = patch(model, None if policy is None else Replay(policy))
     mean, std = (part.view(-1, 1, 1).to(images.device) for part in (mean, std))
     with torch.no_grad():
         target = distort(merged.edge((images - mean) / std)).x
     scale = target.std(0).clamp_min(1e-6)
     start = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     logits = (0.1 * start).to(images.device).requires_grad_()
-    optimiser = torch.optim.Adam([logits], lr=lr)
+    optimiser = torch.optim.Adam([logits], lr=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     curve = []
     for step in range(1, steps + 1):

@@ -88,18 +88,17 @@ def merge_map(source: np.ndarray, protected: int) -> np.ndarray:
     return patches.reshape(side, side)
 
 
-def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray, sizes: dict[int, int] | None = None) -> None:
+def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray) -> None:
     """Draw an image, the borders between merged groups, and a tint on every group of several patches.
 
     Args:
         ax: where to draw.
         image: (H, W), (H, W, 1) or (H, W, 3) in [0, 1].
         groups: (rows, columns) group of each patch, such as `merge_map` gives.
-        sizes: patches per group; counted from ``groups`` by default.
     """
     rows, columns = groups.shape
     ax.imshow(image, extent=(0, columns, rows, 0), vmin=0, vmax=1, interpolation="nearest")
-    ax.imshow(tints(groups, sizes), extent=(0, columns, rows, 0), interpolation="nearest")
+    ax.imshow(tints(groups), extent=(0, columns, rows, 0), interpolation="nearest")
     vertical = np.argwhere(groups[:, 1:] != groups[:, :-1])
     horizontal = np.argwhere(groups[1:] != groups[:-1])
     ax.vlines(vertical[:, 1] + 1, vertical[:, 0], vertical[:, 0] + 1, color="white", lw=0.6, rasterized=True)
@@ -108,14 +107,12 @@ def draw_merge_map(ax: Axes, image: np.ndarray, groups: np.ndarray, sizes: dict[
     ax.grid(False)
 
 
-def tints(groups: np.ndarray, sizes: dict[int, int] | None = None) -> np.ndarray:
+def tints(groups: np.ndarray) -> np.ndarray:
     """A colour on every group of several patches: (rows, columns) groups -> (rows, columns, 4) in [0, 1]."""
-    if sizes is None:
-        sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
     tint = np.zeros((*groups.shape, 4))
     # Groups are numbered in reading order; a large odd stride gives neighbours different hues.
     hues = colormaps["hsv"](np.arange(groups.max() + 1) * 0.381966 % 1.0)
-    for group, size in sizes.items():
+    for group, size in zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True):
         if size > 1:
             tint[groups == group] = (*hues[group][:3], 0.42)
     return tint

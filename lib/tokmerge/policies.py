@@ -262,9 +262,9 @@ class Observe:
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         return bipartite_macs(n, d)
 
-    def calibration(self, points: int = 1001) -> "Calibration":
+    def calibration(self) -> "Calibration":
         """The distribution of what was seen, at each layer."""
-        grid = np.linspace(0, 1, points)
+        grid = np.linspace(0, 1, 1001)
         rows = [np.quantile(torch.cat(self.seen[layer]).double(), grid) for layer in sorted(self.seen)]
         return Calibration(np.stack(rows))
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tokmerge import wire
 from tokmerge.front import Front
@@ -136,29 +135,22 @@ def listen(merged: MergedViT) -> Callable[[Tensor], Packed]:
     return tokens
 
 
-def collect(
-    tokens: Callable[[Tensor], Packed], images: Tensor, batch_size: int, description: str | None = None
-) -> Packed:
+def collect(tokens: Callable[[Tensor], Packed], images: Tensor, batch_size: int) -> Packed:
     """The tokens of many images as one packed batch, on the CPU, in float16 (what is sent unless said otherwise).
 
     Args:
         tokens: images to packed tokens, such as `listen` gives.
         images: (n, C, H, W).
         batch_size: images at a time.
-        description: shown beside the progress bar; None for no bar.
     """
     parts = []
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(images), desc=description, unit="img", mininterval=2, disable=description is None) as bar,
-    ):
+    with torch.inference_mode():
         for batch in images.split(batch_size):
             part = tokens(batch)
             x = wire.quantise(part.x.float(), "float16").half().cpu()
             sizes = torch.ones(len(x)) if part.sizes is None else part.sizes.float().cpu()
             assert part.source is not None
             parts.append(Packed(x, Layout(part.lengths.cpu()), sizes, part.source.cpu().short()))
-            bar.update(len(batch))
     return join(parts)
 
 

@@ -89,7 +89,6 @@ class Rival(AskTell):
         axis: the accuracy axis the method is told.
         reference: reference point; a failed trial is told twice that.
         about: what the trials depend on, the method's own settings and seed included.
-        max_failures: more failed trials than this stop the run.
     """
 
     def __init__(
@@ -100,10 +99,9 @@ class Rival(AskTell):
         axis: str,
         reference: Sequence[float],
         about: Mapping[str, Any],
-        max_failures: int = 5,
     ) -> None:
         everything = {**about, "method": name, "axis": axis, "reference": list(reference)}
-        super().__init__(Trials(folder, everything, max_failures))
+        super().__init__(Trials(folder, everything))
         self._name, self._axis, self._failed = name, axis, 2 * np.asarray(reference, float)
         self._batches = self._generations(method)
 

@@ -28,8 +28,6 @@ from tokmerge.vit import MergedViT
 
 REQUEST, ANSWER, FAILURE = 1, 2, 3
 _HEAD = struct.Struct(">IQB")
-# Bytes that a message adds to its body.
-OVERHEAD = _HEAD.size
 
 
 class MessageError(ValueError):
@@ -87,12 +85,10 @@ class Desk:
     Args:
         merged: the model with policy and split; only its part after the split runs here.
         prototype: (P, D) stands in for lost protected tokens, see `tokmerge.fragments.conceal`.
-        concealment: what is done without lost tokens.
     """
 
     merged: MergedViT
     prototype: Tensor
-    concealment: str = "drop"
 
     def open(self, payload: bytes) -> tuple[Packed, Tensor]:
         """The tokens of one payload, in the order they had on the device, and which of them arrived.
@@ -132,7 +128,7 @@ class Desk:
             received = torch.cat([received for _, received in opened.values()])
             if not received.all():
                 patches = self.merged.model.patch_embed.num_patches
-                batch = conceal(batch, received, self.prototype, patches, self.concealment)
+                batch = conceal(batch, received, self.prototype, patches)
             for index, scores in zip(opened, self.merged.serve(batch), strict=True):
                 results[index] = scores.float()
         return results
