@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from tokmerge import attackers, data, leakage, models, paths, store
+from tokmerge import attackers, data, leakage, models, paths
 from tokmerge.clip import patch as patch_tower
 from tokmerge.packed import Packed
 from tokmerge.privacy import Defence, collect, listen, serve
@@ -172,8 +172,7 @@ def classification(
     Raises:
         ValueError: not enough public images.
     """
-    inputs = store.load_json(paths.need(f"{inputs_dir}/inputs.json", made_by="10_inputs"))
-    splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
+    inputs, splits = models.recorded(inputs_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _, test_set = models.reload(inputs, splits, device)
     mean, std = normalisation(model)

@@ -109,6 +109,18 @@ def pixels(model: nn.Module, image: torch.Tensor) -> np.ndarray:
     return ((image.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
+def recorded(inputs_dir: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What notebook 10_inputs settled on, for `reload`: its inputs.json and its splits.parquet.
+
+    Raises:
+        FileNotFoundError: it has not been run.
+    """
+    return (
+        store.load_json(paths.need(f"{inputs_dir}/inputs.json", made_by="10_inputs")),
+        store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs")),
+    )
+
+
 def reload(
     inputs: dict[str, Any], splits: pd.DataFrame, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, data.ImageSet, data.ImageSet]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokmerge import data, evaluate, models, paths, store, wire
+from tokmerge import data, evaluate, models, wire
 from tokmerge.data import Batch
 from tokmerge.evaluate import Outcome
 from tokmerge.spaces import Configuration
@@ -137,8 +137,7 @@ def load(inputs_dir: str, n_images: int, batch_size: int = 32, skip: int = 0) ->
         FileNotFoundError: 10_inputs has not been run.
         ValueError: the search split holds fewer images.
     """
-    inputs = store.load_json(paths.need(f"{inputs_dir}/inputs.json", made_by="10_inputs"))
-    splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, search, _ = models.reload(inputs, splits, device)
-    return Objective(model, data.tensors(data.stretch(search, n_images, skip, "search"), models.transform(model)), batch_size)
+    model, search, _ = models.reload(*models.recorded(inputs_dir), device)
+    images = data.tensors(data.stretch(search, n_images, skip, "search"), models.transform(model))
+    return Objective(model, images, batch_size)

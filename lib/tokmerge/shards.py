@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tokmerge import data, models, objective, paths, store, workers
+from tokmerge import data, models, objective, store, workers
 from tokmerge.data import ImageSet
 from tokmerge.spaces import Configuration
 from tokmerge.trials import Trial
@@ -86,9 +86,8 @@ def load(
     """
     if split not in ("test", "search"):
         raise ValueError(f"unknown split {split!r}: use test or search")
-    inputs = store.load_json(paths.need(f"{inputs_dir}/inputs.json", made_by="10_inputs"))
-    splits = store.load_table(paths.need(f"{inputs_dir}/splits.parquet", made_by="10_inputs"))
-    model, search, test = models.reload(inputs, splits, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, search, test = models.reload(*models.recorded(inputs_dir), device)
     images = test if split == "test" else search
     n_images = len(images) - skip if n_images is None else n_images
     return Evaluation(model, data.stretch(images, n_images, skip, split), batch_size)
