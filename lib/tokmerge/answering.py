@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokmerge import clip, embedded, llava, questions, routes, scenes, vqa
 from tokmerge.llava import MergedLlava
+from tokmerge.objective import root_of
 from tokmerge.policies import Calibration, Observe
 from tokmerge.questions import Question, QuestionSet
 from tokmerge.spaces import Configuration
@@ -119,10 +120,7 @@ def compare(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.DataFrame, T
     measured = {"n_questions": float(len(table))}
     for name, values in columns.items():
         measured |= {name: float(values.mean()), f"{name}_sem": float(values.sem())}
-    # Rounding can leave the divergence of nearly equal distributions a hair below zero.
-    root = max(measured["kl"], 0.0) ** 0.5
-    root_sem = min(measured["kl_sem"] / (2 * root), measured["kl_sem"] ** 0.5) if root else measured["kl_sem"] ** 0.5
-    return {**measured, "root_kl": root, "root_kl_sem": root_sem}
+    return measured | root_of(measured["kl"], measured["kl_sem"])
 
 
 def of_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionSet:

@@ -111,11 +111,19 @@ def compare(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
     measured = {"n_images": float(len(hit))}
     for name, values in columns.items():
         measured |= {name: values.mean().item(), f"{name}_sem": _standard_error(values)}
+    return measured | root_of(measured["kl"], measured["kl_sem"])
+
+
+def root_of(kl: float, sem: float) -> dict[str, float]:
+    """The root of a mean divergence and its standard error, from those of the divergence.
+
+    >>> root_of(0.25, 0.125), root_of(0.0, 0.25)
+    ({'root_kl': 0.5, 'root_kl_sem': 0.125}, {'root_kl': 0.0, 'root_kl_sem': 0.5})
+    """
     # Rounding can leave the divergence of nearly equal distributions a hair below zero.
-    root = max(measured["kl"], 0.0) ** 0.5
+    root = max(kl, 0.0) ** 0.5
     # To first order; near zero, where that breaks down, the root of the mean's own error.
-    root_sem = min(measured["kl_sem"] / (2 * root), measured["kl_sem"] ** 0.5) if root else measured["kl_sem"] ** 0.5
-    return {**measured, "root_kl": root, "root_kl_sem": root_sem}
+    return {"root_kl": root, "root_kl_sem": min(sem / (2 * root), sem**0.5) if root else sem**0.5}
 
 
 def _standard_error(values: Tensor) -> float:
