@@ -53,6 +53,15 @@ class Front:
     points: tuple[Point, ...]
     feature: str = "tokens"
 
+    def within(self, max_drop: float) -> tuple[Point, ...]:
+        """The points that lose no more top-1 than that against the unmerged model.
+
+        >>> Front("vit", "toy", 0.9, (Point((0.9,), 0.895, 0.5, 0.2), Point((0.8,), 0.7, 0.2, 0.1))).within(0.005)
+        (Point(thresholds=(0.9,), top1=0.895, macs_ratio=0.5, bytes_ratio=0.2),)
+        """
+        # Slack for rounding: 0.9 - 0.895 is a hair above 0.005 in binary.
+        return tuple(point for point in self.points if self.unmerged_top1 - point.top1 <= max_drop + 1e-9)
+
     def pick(
         self, max_drop: float | None = None, max_macs: float | None = None, max_bytes: float | None = None
     ) -> Threshold:
@@ -74,10 +83,8 @@ class Front:
         """
         fitting = [
             point
-            for point in self.points
-            # Half an ulp of slack: 0.9 - 0.895 is a hair above 0.005 in binary.
-            if (max_drop is None or self.unmerged_top1 - point.top1 <= max_drop + 1e-9)
-            and (max_macs is None or point.macs_ratio <= max_macs)
+            for point in (self.points if max_drop is None else self.within(max_drop))
+            if (max_macs is None or point.macs_ratio <= max_macs)
             and (max_bytes is None or point.bytes_ratio <= max_bytes)
         ]
         if not fitting:

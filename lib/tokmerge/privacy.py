@@ -101,9 +101,7 @@ def from_front(front: Front, max_drop: float, cost: str, name: str | None = None
         cost: "bytes" or "macs".
         name: of the defence; by default the share of the bytes that are left.
     """
-    # Half an ulp of slack, as in `tokmerge.front.Front.pick`.
-    fitting = [point for point in front.points if front.unmerged_top1 - point.top1 <= max_drop + 1e-9]
-    fitting = fitting or [max(front.points, key=lambda point: point.top1)]
+    fitting = front.within(max_drop) or (max(front.points, key=lambda point: point.top1),)
     best = min(fitting, key=lambda point: (getattr(point, f"{cost}_ratio"), -point.top1))
     return Defence(name or f"merged to {best.bytes_ratio:.1%}", "threshold", best.thresholds, feature=front.feature)
 
