@@ -13,7 +13,7 @@ from torch import Tensor
 from tokmerge import llava, vqa, wire
 from tokmerge.answering import Answering
 from tokmerge.delivery import Air, arrive, taken
-from tokmerge.fragments import Fragments, travel_order
+from tokmerge.fragments import AIR_CHUNK_TOKENS, Fragments, travel_order
 from tokmerge.llava import MergedLlava
 from tokmerge.packed import Layout, Packed
 from tokmerge.policies import Policy
@@ -92,7 +92,7 @@ def thin(seen: Seen, keep: Tensor) -> Seen:
 
 
 @torch.inference_mode()
-def ask(answering: Answering, policy: Policy | None, precision: str, chunk_tokens: int = 4) -> Asked:
+def ask(answering: Answering, policy: Policy | None, precision: str, chunk_tokens: int = AIR_CHUNK_TOKENS) -> Asked:
     """Look at the images of all questions once."""
     merged = llava.patch(answering.model, policy, precision=precision)
     looks, edge, total = [], [], []
@@ -106,16 +106,14 @@ def ask(answering: Answering, policy: Policy | None, precision: str, chunk_token
     return Asked(merged, answering, looks, chunk_tokens, torch.cat(edge), torch.cat(total))
 
 
-def question_members(
-    search: Answering, test: Answering, policies: dict[str, Policy], precision: str, chunk_tokens: int = 4
-) -> list[Member]:
+def question_members(search: Answering, test: Answering, policies: dict[str, Policy], precision: str) -> list[Member]:
     """Unmerged tokens as a whole and cut off, and one adaptive member per policy."""
-    whole = [ask(one, None, precision, chunk_tokens) for one in (search, test)]
+    whole = [ask(one, None, precision) for one in (search, test)]
     members = [
         Member("unmerged", "unmerged", precision, whole[0], whole[1], "whole"),
         Member("cut off", "unmerged", precision, whole[0], whole[1]),
     ]
     for name, policy in policies.items():
-        on_search, on_test = (ask(one, policy, precision, chunk_tokens) for one in (search, test))
+        on_search, on_test = (ask(one, policy, precision) for one in (search, test))
         members.append(Member("adaptive", name, precision, on_search, on_test))
     return members

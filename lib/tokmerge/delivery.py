@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokmerge import link, wire
 from tokmerge.channel import Channel
-from tokmerge.fragments import Fragments, average, conceal, fit, travel_order
+from tokmerge.fragments import AIR_CHUNK_TOKENS, Fragments, average, conceal, fit, travel_order
 from tokmerge.link import ErrorRates
 from tokmerge.packed import Layout, Packed
 from tokmerge.vit import MergedViT, patch
@@ -161,7 +161,7 @@ def take(tokens: Packed, images: Tensor) -> tuple[Packed, Tensor]:
 @torch.inference_mode()
 def send(
     merged: MergedViT, images: Tensor, precisions: Sequence[str], prototype: Tensor | None = None,
-    chunk_tokens: int = 4, batch_size: int = 64,
+    chunk_tokens: int = AIR_CHUNK_TOKENS, batch_size: int = 64,
 ) -> dict[str, Sent]:  # fmt: skip
     """Run the device on images (B, C, H, W) once, and the server on what arrives at each precision.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokmerge import channel, wire
 from tokmerge.channel import Channel, Mcs
-from tokmerge.fragments import travel_order
+from tokmerge.fragments import AIR_CHUNK_TOKENS, travel_order
 from tokmerge.server import ANSWER, REQUEST, Message, MessageError, read_message
 from tokmerge.vit import MergedViT
 
@@ -67,7 +67,7 @@ class Reply:
 
 
 @torch.inference_mode()
-def payloads(merged: MergedViT, images: Tensor, chunk_tokens: int = 4) -> list[bytes]:
+def payloads(merged: MergedViT, images: Tensor, chunk_tokens: int = AIR_CHUNK_TOKENS) -> list[bytes]:
     """What the device sends for (B, C, H, W) images: tokens in the order of travel, see `tokmerge.fragments`."""
     tokens = merged.edge(images)
     order = travel_order(tokens.layout, merged.model.num_prefix_tokens)

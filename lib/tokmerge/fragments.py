@@ -18,6 +18,8 @@ from tokmerge import wire
 from tokmerge.channel import Mcs
 from tokmerge.packed import Layout, Packed
 
+# Tokens per chunk where blocks get lost: fewer than `wire.CHUNK_TOKENS`, so that a lost block takes few with it.
+AIR_CHUNK_TOKENS = 4
 CONCEALMENTS = ("drop", "mean", "zero")
 
 

@@ -12,6 +12,7 @@ from tokmerge import analog, data, schemes
 from tokmerge.analog import AnalogSent
 from tokmerge.data import Batch
 from tokmerge.delivery import Sent, send
+from tokmerge.fragments import AIR_CHUNK_TOKENS
 from tokmerge.policies import Calibration, Policy, Threshold
 from tokmerge.schemes import Member
 from tokmerge.vit import patch
@@ -55,7 +56,7 @@ def thin_out(table: pd.DataFrame, n: int) -> pd.DataFrame:
 
 def token_members(
     family: str, name: str, model: nn.Module, policy: Policy | None, split_layer: int, search: Batch, test: Batch,
-    precisions: Sequence[str], chunk_tokens: int = 4,
+    precisions: Sequence[str], chunk_tokens: int = AIR_CHUNK_TOKENS,
 ) -> list[Member]:  # fmt: skip
     """One member per precision."""
     merged = patch(model, policy, split_layer=split_layer)
