@@ -134,12 +134,29 @@ def arrive(
         fragments: how payloads lie in blocks of so many information bits.
         air, snr_db, uses, cap, generator: as of `Sent.deliver`.
     """
-    n_bytes = fragments(1).n_bytes
+    info_bits, errors = lost(fragments(1).n_bytes, air, snr_db, uses, cap, generator)
+    return fragments(info_bits).received(errors)
+
+
+def lost(
+    n_bytes: Tensor, air: Air, snr_db: float | np.ndarray, uses: int | Tensor, cap: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Which code blocks are lost.
+
+    Args:
+        n_bytes: (B,) of each payload.
+        air, snr_db, uses, cap, generator: as of `Sent.deliver`.
+
+    Returns:
+        (B,) information bits of a block; (B, longest) bool, False beyond a payload's own blocks.
+    """
     scheme, limit = fit(n_bytes, uses, air.rates.schemes, cap, air.channel.pilots or 0)
-    laid = fragments(torch.tensor([one.info_bits for one in air.rates.schemes])[scheme])
-    n, longest = len(n_bytes), int(laid.blocks.max())
-    gains = link.gains_db(air.channel, n, longest if air.fading == "block" else 1, generator)
-    return laid.received(air.rates.draw(scheme, laid.blocks, limit, gains, snr_db, generator))
+    info_bits = torch.tensor([one.info_bits for one in air.rates.schemes])[scheme]
+    blocks = -(-8 * n_bytes // info_bits)
+    longest = int(blocks.max())
+    gains = link.gains_db(air.channel, len(n_bytes), longest if air.fading == "block" else 1, generator)
+    errors = air.rates.draw(scheme, blocks, limit, gains, snr_db, generator)
+    return info_bits, errors & (torch.arange(longest) < blocks[:, None])
 
 
 def taken(n_bytes: Tensor, air: Air, uses: int | Tensor, cap: int) -> Tensor:

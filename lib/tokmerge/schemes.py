@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tokmerge import codecs, data, link
-from tokmerge.delivery import Air, taken
-from tokmerge.fragments import fit
+from tokmerge import codecs, data
+from tokmerge.delivery import Air, lost, taken
 from tokmerge.models import transform
 from tokmerge.vit import patch
 
@@ -87,14 +86,8 @@ class Whole:
         self, air: Air, snr_db: float | np.ndarray, uses: int | Tensor, cap: int, generator: torch.Generator
     ) -> Tensor:
         """As `tokmerge.delivery.Sent.deliver`."""
-        scheme, limit = fit(self.n_bytes, uses, air.rates.schemes, cap, air.channel.pilots or 0)
-        info_bits = torch.tensor([one.info_bits for one in air.rates.schemes])[scheme]
-        blocks = -(-8 * self.n_bytes // info_bits)
-        longest = int(blocks.max())
-        gains = link.gains_db(air.channel, len(blocks), longest if air.fading == "block" else 1, generator)
-        errors = air.rates.draw(scheme, blocks, limit, gains, snr_db, generator)
-        lost = (errors & (torch.arange(longest) < blocks[:, None])).any(1)
-        return torch.where(lost, self.nothing, self.answers)
+        _, errors = lost(self.n_bytes, air, snr_db, uses, cap, generator)
+        return torch.where(errors.any(1), self.nothing, self.answers)
 
     def taken(self, air: Air, uses: int | Tensor, cap: int) -> Tensor:
         """As `tokmerge.delivery.Sent.taken`."""
