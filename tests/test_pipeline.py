@@ -82,6 +82,23 @@ def test_stage_reads_and_writes_what_its_params_say(profile, name, stage):
     assert read <= set(stage["deps"])
 
 
+@pytest.mark.parametrize(("profile", "name", "stage"), STAGES, ids=STAGE_IDS)
+def test_stage_depends_on_the_tables_and_the_models_it_is_given(profile, name, stage):
+    notebook = re.search(r"papermill notebooks/(\w+)\.ipynb", stage["cmd"]).group(1)
+    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    params = {}
+    exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), params)
+    params |= yaml.safe_load((ROOT / "params" / profile / f"{notebook}.yaml").read_text())
+    # A folder made by a stage is a dependency as it is; of the one that ships, every file that is read.
+    for key, file in re.findall(r'need\(f"\{(\w+)\}/([\w.]+)"', notebook_code(notebook)):
+        if params[key]:
+            assert {params[key], f"{params[key]}/{file}"} & set(stage["deps"]), f"{params[key]}/{file}"
+    given = [one for value in params.values() for one in (value if isinstance(value, list) else [value])]
+    for model in {one for one in given if one in ("fashion-vit", "easy-vqa-llava", "scenes-llava")}:
+        files = {f"lib/tokmerge/assets/{model.replace('-', '_')}.{ending}" for ending in ("safetensors", "json")}
+        assert files <= set(stage["deps"]), model
+
+
 def test_make_help_names_every_command():
     makefile = (ROOT / "Makefile").read_text()
     commands = set(re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE).group(1).split())
