@@ -38,11 +38,11 @@ def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFram
 
 
 def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) -> None:
-    """Draw what every split sends and what it costs the device.
+    """Draw what every split sends and what it costs device and server.
 
     Args:
         axes: two.
-        splits: columns method ("unmerged" or "ours"), precision, split_layer, edge_macs, payload_bytes.
+        splits: columns method ("unmerged" or "ours"), precision, split_layer, edge_macs, server_macs, payload_bytes.
         sent: what else could be sent; columns sent ("jpeg", "webp", ...), payload_bytes, top1_drop.
     """
     styles = {"float16": "-", "int8": "--", "int4": ":"}
