@@ -124,7 +124,7 @@ CLAIMS = (
         (Condition("gain in dB", "channel.gain_db_at_equal_uses", ">", 0.0),),
     ),
     Claim(
-        "the front lets the sender follow the channel (here: knowing the SNR, no worse than the best fixed point of it)",
+        "the front lets the sender follow the channel (here: knowing the SNR, no worse than its best fixed point)",
         "not named in the abstract",
         "60_channel",
         "channel.dataset",

@@ -35,8 +35,11 @@ ROUNDS = 3
 FLOPS = {"DeiT-S, float32": 8e12, "LLaVA-1.5-7B, float16": 90e12}  # sustained: 40 % and 30 % of the peak
 CORES_PER_GPU, DOLLARS_PER_GPU_HOUR = 8, 2.0
 DEIT, LLAVA = "DeiT-S, float32", "LLaVA-1.5-7B, float16"
+# The channel stage is one process on eight CPU cores, each at the 25 G multiply-accumulates per second measured here.
+CPU = "DeiT-S, CPU"
+FLOPS[CPU] = 2 * 25e9 * 8
 # Multiply-accumulates of one forward pass: 4.6 G (DeiT-S), and 8.2 TFLOP = 4.1 T (576 visual tokens; 2412.04467).
-MACS = {DEIT: 4.6e9, LLAVA: 4.1e12}
+MACS = {DEIT: 4.6e9, CPU: 4.6e9, LLAVA: 4.1e12}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ WORK = (
     # codecs on some.
     Work("vqav2", LLAVA, (1 + 9 + 48 + 2 * 10) * 212_000 + 8 * 10_600, 0.5),
     # The server's half of the model for every policy, precision, SNR and draw.
-    Work("channel", DEIT, 20 * 3 * 11 * 2 * 5_000, 0.25),
+    Work("channel", CPU, 20 * 3 * 11 * 2 * 5_000, 0.25),
     # Two decoders trained: a step is three passes. They are about as large as the model.
     Work("privacy", DEIT, 2 * 6_000 * 64 * 3),
 )
@@ -167,13 +170,14 @@ def estimate(table: pd.DataFrame, work: Work, gpus: int) -> float:
     """Hours of a stage on so many GPUs.
 
     Passes are shared among the GPUs, each limited by its own arithmetic or by decoding on its cores, whichever is
-    slower. The optimiser proposes one trial after the other on one machine, however many GPUs wait.
+    slower; those on the CPU stay in one process. The optimiser proposes one trial after the other on one machine,
+    however many GPUs wait.
     """
     decode = table[table.axis == "decode"].seconds.item() / CORES_PER_GPU
     compute = 2 * MACS[work.model] * work.ratio / FLOPS[work.model]
     start, slope = line(table, "trials")
     asks = sum(max(0.0, start + slope * trial) for trial in range(1, work.trials + 1))
-    return (work.passes * max(compute, decode) / gpus + asks) / 3600
+    return (work.passes * max(compute, decode) / (1 if work.model == CPU else gpus) + asks) / 3600
 
 
 def growth(table: pd.DataFrame) -> str:
