@@ -98,36 +98,45 @@ def test_look_is_the_towers_own_forward(images):
     assert (kept.diff(dim=1) > 0).all()
 
 
-def test_pool_is_the_mean_of_its_patches():
+def test_pool_is_the_mean_of_its_tokens():
     x = torch.randn(2, 1 + 16, 3)
-    pool = lessons.Pool(1, 2, 4)
     expected = [x[:, :1]]
     for row in (0, 2):
         patches = [1 + 4 * i + j for i in (row, row + 1) for j in range(4)]
         expected.append(x[:, patches].mean(1, keepdim=True))
-    torch.testing.assert_close(pool(x), torch.cat(expected, 1))
-    assert pool.places(16).tolist() == [0, 8]
+    pooled, grid = lessons.Pool(1, 2, 4)(x, (4, 4))
+    torch.testing.assert_close(pooled, torch.cat(expected, 1))
+    assert grid == (2, 1)
 
 
-def test_every_block_and_layer_is_drawn_and_none_every_fourth_time():
+def test_up_to_four_halvings_are_drawn_at_every_layer():
     torch.manual_seed(0)
-    pools = [lessons.draw_pool(4) for _ in range(800)]
-    drawn = [pool for pool in pools if pool is not None]
-    assert abs(len(drawn) / 800 - 0.75) < 0.05
-    assert {(pool.rows, pool.columns) for pool in drawn} == set(lessons.BLOCKS)
-    assert {pool.layer for pool in drawn} == {1, 2, 3}
+    drawn = [lessons.draw_pools(4) for _ in range(1000)]
+    for n in range(5):
+        assert abs(sum(len(pools) == n for pools in drawn) / 1000 - 0.2) < 0.05
+    layers = [pool.layer for pools in drawn for pool in pools]
+    # The earlier of two layers drawn from three.
+    for layer, share in ((1, 5 / 9), (2, 3 / 9), (3, 1 / 9)):
+        assert abs(layers.count(layer) / len(layers) - share) < 0.05
+    for pools in drawn:
+        assert [pool.layer for pool in pools] == sorted(pool.layer for pool in pools)
+        assert {(pool.rows, pool.columns) for pool in pools} <= {(1, 2), (2, 1)}
+        assert max(sum(pool.rows == 2 for pool in pools), sum(pool.columns == 2 for pool in pools)) <= 2
 
 
 def test_pooled_tokens_count_for_all_their_patches(images):
-    tower, pool = tiny.tower(), lessons.Pool(1, 2, 4)
-    features, kept, summary = lessons.look(tower, images, pool=pool)
-    assert kept.tolist() == [pool.places(64).tolist()] * 5
+    tower, pools = tiny.tower(), [lessons.Pool(0, 1, 2), lessons.Pool(1, 2, 2)]
+    features, kept, summary = lessons.look(tower, images, pools=pools)
+    assert kept.tolist() == [[16 * row + 4 * column for row in range(4) for column in range(2)]] * 5
     # In attention a token of size s is s tokens that are alike.
-    x = pool(tower.encoder.layers[0](tower.pre_layrnorm(tower.embeddings(images)), None))
-    x = torch.cat([x[:, :1], x[:, 1:].repeat_interleave(pool.size, 1)], 1)
-    for layer in tower.encoder.layers[1:]:
-        before, x = x, layer(x, None)
-    torch.testing.assert_close(features, before[:, 1 :: pool.size])
+    x, grid = tower.pre_layrnorm(tower.embeddings(images)), (8, 8)
+    for layer, pool in zip(tower.encoder.layers, [*pools, *[None] * len(tower.encoder.layers)], strict=False):
+        x, grid = (x, grid) if pool is None else pool(x, grid)
+        size = 64 // (grid[0] * grid[1])
+        before = x
+        x = layer(torch.cat([x[:, :1], x[:, 1:].repeat_interleave(size, 1)], 1), None)
+        x = torch.cat([x[:, :1], x[:, 1::size]], 1)
+    torch.testing.assert_close(features, before[:, 1:])
     torch.testing.assert_close(summary, tower.post_layernorm(x[:, 0]))
 
 
@@ -148,8 +157,8 @@ def test_label_loss_ignores_the_unknown():
     torch.testing.assert_close(lessons.label_loss(scores, labels, (2, 3)), (first + second) / 2)
 
 
-@pytest.mark.parametrize("pool", [None, lessons.Pool(1, 2, 2)])
-def test_answers_in_one_row_are_the_answers_one_by_one(pool):
+@pytest.mark.parametrize("pools", [[], [lessons.Pool(0, 2, 1), lessons.Pool(1, 1, 2)]])
+def test_answers_in_one_row_are_the_answers_one_by_one(pools):
     taught, _ = lessons.load("sample", n=3, n_search=2, seed=0, patch=7)
     geometry = {
         "image_size": 84, "patch_size": 7, "width": 24, "depth": 2, "heads": 2, "text_width": 16, "text_depth": 2,
@@ -160,15 +169,15 @@ def test_answers_in_one_row_are_the_answers_one_by_one(pool):
     model = tiny.spread(embedded.build(geometry, vocabulary))
     tokenizer = embedded.processor(geometry, vocabulary).tokenizer
     pixels = taught.show(torch.arange(3))[0] * 2 - 1
-    features = lessons.look(model.model.vision_tower, pixels, pool=pool)[0]
-    together = lessons.answer_loss(model, features, lessons.pack(taught.questions, tokenizer), pool)
+    features, kept, _ = lessons.look(model.model.vision_tower, pixels, pools=pools)
+    together = lessons.answer_loss(model, features, lessons.pack(taught.questions, tokenizer), kept)
     merged = llava.patch(model.eval(), None, positions="first", weights="size", cut="tower")
     losses = []
     for image, own, group in zip(pixels, features, taught.questions, strict=True):
         seen = merged.see(image[None])
-        if pool is not None:
+        if pools:
             tokens = replace(packed.pack(own[None]), sizes=torch.full((36,), 4.0))
-            seen = replace(seen, tokens=tokens, first=pool.places(144))
+            seen = replace(seen, tokens=tokens, first=kept[0])
         for question in group:
             prompt = [embedded.IMAGE] * 144 + tokenizer(question.text)["input_ids"]
             answer = [*tokenizer(question.answers[0])["input_ids"], embedded.END]

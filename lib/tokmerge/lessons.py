@@ -22,8 +22,6 @@ from tokmerge.questions import Question, QuestionSet
 IGNORE = -100
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
-# Rows and columns of the patches that become one token where tokens are pooled.
-BLOCKS = ((1, 2), (2, 1), (2, 2), (2, 4), (4, 2), (4, 4))
 
 
 @dataclass(frozen=True)
@@ -160,56 +158,45 @@ def jitter(images: Tensor, by: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pool:
-    """Average pooling of a grid of patches inside the tower.
+    """Average pooling of the grid of visual tokens inside the tower.
 
     Attributes:
         layer: blocks that run before.
-        rows, columns: of the patches that become one token.
+        rows, columns: of the tokens that become one.
     """
 
     layer: int
     rows: int
     columns: int
 
-    @property
-    def size(self) -> int:
-        """Patches a token stands for."""
-        return self.rows * self.columns
-
-    def places(self, n: int) -> Tensor:
-        """The first patch of every token, of n patches.
-
-        >>> Pool(1, 2, 1).places(16)
-        tensor([ 0,  1,  2,  3,  8,  9, 10, 11])
-        """
-        side = round(n**0.5)
-        return torch.arange(n).view(side, side)[:: self.rows, :: self.columns].flatten()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Class token and patches (B, 1 + n, D) to class token and pooled tokens (B, 1 + n / size, D)."""
-        side = round((x.shape[1] - 1) ** 0.5)
-        grid = x[:, 1:].unflatten(1, (side // self.rows, self.rows, side // self.columns, self.columns))
-        return torch.cat([x[:, :1], grid.mean((2, 4)).flatten(1, 2)], 1)
+    def __call__(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Class token and a grid of tokens (B, 1 + H W, D) to those that are left, and their grid."""
+        height, width = grid[0] // self.rows, grid[1] // self.columns
+        tokens = x[:, 1:].unflatten(1, (height, self.rows, width, self.columns))
+        return torch.cat([x[:, :1], tokens.mean((2, 4)).flatten(1, 2)], 1), (height, width)
 
 
-def draw_pool(depth: int) -> Pool | None:
-    """A random pooling after one of the first depth - 1 blocks; every fourth time none."""
-    if torch.rand(1) < 0.25:
-        return None
-    return Pool(1 + int(torch.randint(depth - 1, ())), *BLOCKS[int(torch.randint(len(BLOCKS), ()))])
+def draw_pools(depth: int) -> list[Pool]:
+    """Up to four random halvings of the grid, early more often than late, in the order of the layers."""
+    n = int(torch.randint(5, ()))
+    layers = torch.randint(1, depth, (2, n)).amin(0).sort().values.tolist()
+    rows = (1 + torch.tensor([0, 0, 1, 1])[torch.randperm(4)[:n]]).tolist()
+    return [Pool(layer, row, 3 - row) for layer, row in zip(layers, rows, strict=True)]
 
 
-def look(tower: Any, images: Tensor, keep: float = 1.0, pool: Pool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def look(
+    tower: Any, images: Tensor, keep: float = 1.0, pools: Sequence[Pool] = ()
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A CLIP tower's last hidden state but one, and its summary of the image.
 
     Args:
         tower: transformers' CLIPVisionModel.
         images: (B, 3, H, W) normalised pixels.
         keep: share of patches that are looked at, drawn at random for every image.
-        pool: patches of the whole image become fewer tokens on the way; their sizes count in attention.
+        pools: patches of the whole image become fewer tokens on the way; their sizes count in attention.
 
     Returns:
-        features (B, P', D) without the class token; which patches they are, (B, P'); summary (B, D).
+        features (B, P', D) without the class token; which patches they are, or begin with, (B, P'); summary (B, D).
     """
     x = tower.embeddings(images)
     n = x.shape[1] - 1
@@ -217,11 +204,15 @@ def look(tower: Any, images: Tensor, keep: float = 1.0, pool: Pool | None = None
     if keep < 1:
         patches, kept = draw(x[:, 1:], round(keep * n))
         x = torch.cat([x[:, :1], patches], 1)
-    x, sizes = tower.pre_layrnorm(x), None
+    x, sizes, side = tower.pre_layrnorm(x), None, round(n**0.5)
+    grid = (side, side)
     for index, layer in enumerate(tower.encoder.layers):
-        if pool is not None and index == pool.layer:
-            x, kept = pool(x), pool.places(n).expand(len(x), -1)
-            sizes = F.pad(x.new_full((x.shape[1] - 1,), pool.size).log(), (1, 0)).expand(1, 1, x.shape[1], -1)
+        for pool in (pool for pool in pools if pool.layer == index):
+            x, grid = pool(x, grid)
+            height, width = grid
+            kept = torch.arange(n).view(side, side)[:: side // height, :: side // width].flatten().expand(len(x), -1)
+            sizes = F.pad(x.new_full((height * width,), n / (height * width)).log(), (1, 0))
+            sizes = sizes.expand(1, 1, x.shape[1], -1)
         features, x = x, layer(x, sizes)
     return features[:, 1:], kept, tower.post_layernorm(x[:, 0])
 
@@ -266,26 +257,28 @@ def pack(asked: Sequence[Sequence[Question]], tokenizer: Any) -> dict[str, Tenso
     }
 
 
-def answer_loss(model: Any, features: Tensor, packed: dict[str, Tensor], pool: Pool | None = None) -> Tensor:
+def answer_loss(model: Any, features: Tensor, packed: dict[str, Tensor], places: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the answers to `pack`'s questions.
 
     Args:
         model: transformers' LlavaForConditionalGeneration.
         features: (B, P, D) of its tower.
         packed: the questions about each image.
-        pool: how the features came to be fewer: they keep the places of their first patches and count for all.
+        places: (B, P) the first patch of each feature of a pooled image: it is numbered so, and counts for all its
+            patches. None: features are numbered as they come.
     """
     visual = model.model.multi_modal_projector(features)
     x = torch.cat([visual, model.get_input_embeddings()(packed["ids"]).to(visual.dtype)], 1)
     batch, n = visual.shape[:2]
     group = F.pad(packed["group"], (n, 0), value=-2)
-    places = torch.arange(n) if pool is None else pool.places(n * pool.size)
-    patches = n if pool is None else n * pool.size
-    positions = torch.cat([places.expand(batch, n), patches + packed["offset"]], 1)
+    vision = model.config.vision_config
+    patches = n if places is None else (vision.image_size // vision.patch_size) ** 2
+    places = torch.arange(n).expand(batch, n) if places is None else places
+    positions = torch.cat([places, patches + packed["offset"]], 1)
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
     allowed = causal & ((group[:, None, :] == -2) | (group[:, None, :] == group[:, :, None]))
-    if pool is not None:
-        sizes = F.pad(x.new_full((n,), pool.size).log(), (0, x.shape[1] - n))
+    if n < patches:
+        sizes = F.pad(x.new_full((n,), patches / n).log(), (0, x.shape[1] - n))
         allowed = sizes.expand(allowed.shape).masked_fill(~allowed, -torch.inf)
     hidden = model.model.language_model(inputs_embeds=x, attention_mask=allowed[:, None], position_ids=positions)
     taught = packed["target"] != IGNORE
