@@ -12,7 +12,7 @@ from tokmerge.spaces import Configuration
 
 ROUTES = [
     Route(None),
-    Route(LocalThreshold((0.9, 0.8, 1.0, 0.7), (1.5, 2.0, 3.0, 9.0)), "int8", positions="first", weights="size"),
+    Route(LocalThreshold((0.9, 0.8, 1.0, 0.7), (1, 2, 3, 9)), "int8", positions="first", weights="size"),
     Route(OutlierMerging(3, 0.5), output_policy=TopR(3), cut="projector", pruning=Pruning(1, 0.25)),
 ]
 

@@ -122,35 +122,35 @@ def features(kind: str, x: Tensor, keys: Tensor) -> Tensor:
     return F.normalize(x if kind == "tokens" else reduce(torch.add, keys.unbind(1)), dim=-1)
 
 
-def match(context: Context, reach: float | None = None) -> Matches:
+def match(context: Context, group: Tensor | None = None) -> Matches:
     """Alternate the unprotected tokens between A and B; each a in A takes its most similar b in B.
 
     Args:
         context: the layer's.
-        reach: most rows and most columns of the patch grid that may lie between a and b; None for any.
-
-    Raises:
-        ValueError: places are needed and not known.
+        group: (T,) numbers; tokens alternate within those of one number, and only match each other. None: all do.
     """
     layout, first = context.layout, context.protected
-    metric = context.padded_metric
-    scores = metric[:, first::2] @ metric[:, first + 1 :: 2].transpose(1, 2)
-    n_a, n_b = scores.shape[1:]
-    rows_a = layout.offsets[:, None] + torch.arange(n_a, device=metric.device) * 2 + first
-    if n_b == 0:
-        return Matches(scores.new_full(rows_a.shape, float("-inf")), rows_a, rows_a)
-    if not layout.uniform:
-        scores.masked_fill_(~layout.valid[:, None, first + 1 :: 2], float("-inf"))
-    if reach is not None:
-        if context.place is None:
-            raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
-        place = layout.pad(context.place)
-        apart = torch.cdist(place[:, first::2], place[:, first + 1 :: 2], p=float("inf"))
-        scores = scores.masked_fill(apart > reach, float("-inf"))
+    metric = context.padded_metric[:, first:]
+    order = torch.arange(metric.shape[1], device=metric.device)[None]
+    valid = None if layout.uniform else layout.valid[:, first:]
+    if group is not None:
+        numbers = layout.pad(group)[:, first:].double()
+        # Padding comes last, so what is valid stays where it was.
+        numbers = numbers if valid is None else numbers.masked_fill(~valid, float("inf"))
+        numbers, order = numbers.sort(dim=1, stable=True)
+        metric = metric.gather(1, order[..., None].expand_as(metric))
+    rows = layout.offsets[:, None] + (order + first)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    if scores.shape[2] == 0:
+        return Matches(scores.new_full(scores.shape[:2], float("-inf")), rows[:, ::2], rows[:, ::2])
+    if valid is not None:
+        scores.masked_fill_(~valid[:, None, 1::2], float("-inf"))
+    if group is not None:
+        scores = scores.masked_fill(numbers[:, ::2, None] != numbers[:, None, 1::2], float("-inf"))
     similarity, best = scores.max(dim=-1)
-    if not layout.uniform:
-        similarity = similarity.masked_fill(~layout.valid[:, first::2], float("-inf"))
-    return Matches(similarity, rows_a, layout.offsets[:, None] + best * 2 + (first + 1))
+    if valid is not None:
+        similarity = similarity.masked_fill(~valid[:, ::2], float("-inf"))
+    return Matches(similarity, rows[:, ::2], rows[:, 1::2].gather(1, best))
 
 
 def step(tokens: Packed, policy: "Policy | None", *, layer: int, depth: int, protected: int, qkv: Tensor) -> Packed:
