@@ -1,17 +1,15 @@
-import numpy as np
 import pytest
 import tiny
 from tokmerge import contenders, routes
 from tokmerge.language import Pruning
-from tokmerge.policies import Calibration, Threshold
+from tokmerge.policies import Threshold
 
 OPTIONS = {"positions": "first", "weights": "size"}
-CALIBRATION = Calibration(np.tile(np.linspace(0, 1, 11), (4, 1)))
 
 
 def test_every_space_has_as_many_parameters_and_builds_routes_that_fit():
     model = tiny.llava()
-    for name, space in contenders.spaces(4, 64, CALIBRATION, 4, **OPTIONS).items():
+    for name, space in contenders.spaces(4, 64, 4, **OPTIONS).items():
         assert len(space.bounds) == 4, name
         for parameters in space.curve(3) + space.sobol(4, 0):
             merged = routes.take(model, space.configuration(parameters))
@@ -19,14 +17,16 @@ def test_every_space_has_as_many_parameters_and_builds_routes_that_fit():
 
 
 def test_the_spaces_mean_what_they_say():
-    spaces = contenders.spaces(4, 64, CALIBRATION, 4)
-    route = spaces["local threshold"].configuration({"u_00": 0.0, "u_01": 0.3, "reach_00": 1.0, "reach_01": 4.0})
-    assert route.policy.reach == (1, 2, 3, 4)
-    assert route.policy.thresholds == pytest.approx((1.0, 0.9, 0.8, 0.7))
-    assert spaces["threshold"].configuration({f"u_{i:02d}": 0.5 for i in range(4)}).policy == Threshold((0.5,) * 4)
+    spaces = contenders.spaces(4, 64, 4)
+    route = spaces["local threshold"].configuration({"root_00": 0.0, "root_01": 0.3, "root_02": 1.0, "window": 2.6})
+    assert route.policy.window == 3
+    # Roots 0, 0.2, 0.3 + 0.7 / 3 and 1.
+    assert route.policy.thresholds == pytest.approx((1.0, 0.984, 1 - 2 * (1.6 / 3) ** 3, -1.0))
+    assert spaces["local threshold"].bounds["window"] == (1.5, 4.5)
+    assert spaces["threshold"].configuration({f"root_{i:02d}": 0.5 for i in range(4)}).policy == Threshold((0.75,) * 4)
     assert spaces["ToMe"].bounds["r_00"] == (0.0, 3 * 64 / 4)
-    with pytest.raises(ValueError, match="parameters is 5"):
-        contenders.spaces(4, 64, CALIBRATION, 5)
+    with pytest.raises(ValueError, match="parameters is 2"):
+        contenders.spaces(4, 64, 2)
 
 
 def test_every_grid_runs_from_little_to_much():

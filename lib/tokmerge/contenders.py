@@ -12,7 +12,7 @@ from tokmerge.language import Pruning
 from tokmerge.local import LocalThreshold
 from tokmerge.outliers import OutlierMerging
 from tokmerge.peers import AttentionPruning, RandomPruning
-from tokmerge.policies import Calibration, PiToMe, Policy, Threshold, TopR
+from tokmerge.policies import PiToMe, Policy, Threshold, TopR
 from tokmerge.routes import Route
 from tokmerge.spaces import Space
 
@@ -20,23 +20,29 @@ from tokmerge.spaces import Space
 STEEPEST = 3.0
 
 
-def spaces(
-    depth: int, n_tokens: int, calibration: Calibration, parameters: int, **options: Any
-) -> dict[str, Space]:  # fmt: skip
+def cosines(roots: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds as they are searched, by the cube root of how far down from 1 to -1: half of the range is above 0.75.
+
+    >>> cosines([0.0, 0.5, 1.0])
+    (1.0, 0.75, -1.0)
+    """
+    return tuple(1 - 2 * root**3 for root in roots)
+
+
+def spaces(depth: int, n_tokens: int, parameters: int, **options: Any) -> dict[str, Space]:
     """Search spaces with the same number of parameters each, by the method's name.
 
     Args:
         depth: layers of the tower that are run.
         n_tokens: visual tokens of an unmerged image, a square grid.
-        calibration: distribution of similarities at each layer (`tokmerge.answering.Answering.calibrate`).
-        parameters: values interpolated over the depth; methods with two profiles get half of them for each.
+        parameters: values interpolated over the depth; the local threshold gives up one of them for its window.
         **options: positions and weights of every route.
 
     Raises:
-        ValueError: an odd number of parameters, or fewer than 4.
+        ValueError: fewer than 3 parameters.
     """
-    if parameters % 2 or parameters < 4:
-        raise ValueError(f"parameters is {parameters}: an even number from 4 is needed")
+    if parameters < 3:
+        raise ValueError(f"parameters is {parameters}: at least 3 are needed")
     side, most = n_tokens**0.5, STEEPEST * n_tokens / depth
 
     def schedule(method: Callable[..., Policy]) -> Space:
@@ -45,17 +51,17 @@ def spaces(
 
         return Space(depth, {"r": (0.0, most)}, build, parameters, settled={"method": method.__name__, **options})
 
-    def threshold(u: Sequence[float]) -> Route:
-        return Route(Threshold(calibration.thresholds(u)), **options)
+    def threshold(root: Sequence[float]) -> Route:
+        return Route(Threshold(cosines(root)), **options)
 
-    def local(u: Sequence[float], reach: Sequence[float]) -> Route:
-        return Route(LocalThreshold(calibration.thresholds(u), tuple(reach)), **options)
+    def local(root: Sequence[float], window: float) -> Route:
+        return Route(LocalThreshold(cosines(root), round(window)), **options)
 
-    settled = {"calibration": calibration.quantiles.mean(1).round(5).tolist(), **options}
-    near = {"u": (0.0, 1.0), "reach": (1.0, side / 2)}
+    # Every integer from 2 to half the grid gets an equal part of the range.
+    below, near = {"root": (0.0, 1.0)}, {"window": (1.5, side // 2 + 0.5)}
     return {
-        "threshold": Space(depth, {"u": (0.0, 1.0)}, threshold, parameters, settled=settled),
-        "local threshold": Space(depth, near, local, parameters // 2, settled=settled),
+        "threshold": Space(depth, below, threshold, parameters, settled=options),
+        "local threshold": Space(depth, below, local, parameters - 1, settled=options, scalars=near),
         "ToMe": schedule(TopR),
         "PiToMe": schedule(PiToMe),
     }
