@@ -34,14 +34,15 @@ def test_wrong_answers_stand_out():
     plt.close(fig)
 
 
-def test_tokens_per_photo_are_a_line_per_point():
+def test_what_a_scene_takes_is_a_line_per_point():
     table = pd.DataFrame(
-        {"photos": [1, 2, 1, 2, 1, 2], "tokens": [3, 5, 7, 9, 4, 4],
+        {"photos": [1, 2, 1, 2, 1, 2], "tokens": [3, 5, 7, 9, 4, 4], "macs": [1e6, 2e6, 3e6, 4e6, 5e6, 5e6],
          "method": ["threshold"] * 4 + ["one threshold"] * 2, "point": [0, 0, 1, 1, 2, 2]}
     )  # fmt: skip
-    fig, ax = plt.subplots()
-    plots_vqa.draw_tokens_per_photo(ax, table)
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[3, 5], [7, 9], [4, 4]]
-    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--"], "one threshold is none of ours"
-    assert len(ax.get_legend().get_texts()) == 2
+    fig, axes = plt.subplots(1, 2)
+    plots_vqa.draw_per_photo(axes, table)
+    assert [line.get_ydata().tolist() for line in axes[0].lines] == [[3, 5], [7, 9], [4, 4]]
+    assert [line.get_ydata().tolist() for line in axes[1].lines] == [[1, 2], [3, 4], [5, 5]]
+    assert [line.get_linestyle() for line in axes[0].lines] == ["-", "-", "--"], "one threshold is none of ours"
+    assert len(axes[1].get_legend().get_texts()) == 2
     plt.close(fig)

@@ -60,23 +60,26 @@ def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
             ax.text(0.5, -0.06 - 0.085 * line, said, ha="center", color="0.1" if said == true else "#D50000", **place)
 
 
-def draw_tokens_per_photo(ax: Axes, table: pd.DataFrame) -> None:
-    """Draw the visual tokens read against the photos in the scene, a line per point; ours solid.
+def draw_per_photo(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """Draw the visual tokens read and the multiply-accumulates against the photos in the scene, a line per point.
 
     Args:
-        ax: where to draw.
-        table: columns photos, tokens, method, point.
+        axes: two.
+        table: columns photos, tokens, macs, method, point.
     """
     methods = list(dict.fromkeys(table.method))
     shades = colormaps["tab20"](np.arange(len(methods)) % 20)
-    for point, part in table.groupby("point", sort=False):
-        method = part.method.iloc[0]
-        first = point == table[table.method == method].point.iloc[0]
-        ours = method in OURS
-        ax.plot(
-            part.photos, part.tokens, "o-" if ours else "s--", ms=3, lw=1.4 if ours else 0.8,
-            color=shades[methods.index(method)], label=method if first else None,
-        )  # fmt: skip
-    ax.set(xlabel="photos in the scene", ylabel="visual tokens read", xticks=sorted(set(table.photos)))
-    ax.set_ylim(0, None)
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    for ax, (values, label) in zip(
+        axes, ((table.tokens, "visual tokens read"), (table.macs / 1e6, "M multiply-accumulates")), strict=True
+    ):
+        for point, part in table.assign(value=values).groupby("point", sort=False):
+            method = part.method.iloc[0]
+            first = point == table[table.method == method].point.iloc[0]
+            ours = method in OURS
+            ax.plot(
+                part.photos, part.value, "o-" if ours else "s--", ms=3, lw=1.4 if ours else 0.8,
+                color=shades[methods.index(method)], label=method if first else None,
+            )  # fmt: skip
+        ax.set(xlabel="photos in the scene", ylabel=label, xticks=sorted(set(table.photos)))
+        ax.set_ylim(0, None)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
