@@ -35,9 +35,7 @@ ROUNDS = 3
 FLOPS = {"DeiT-S, float32": 8e12, "LLaVA-1.5-7B, float16": 90e12}  # sustained: 40 % and 30 % of the peak
 CORES_PER_GPU, DOLLARS_PER_GPU_HOUR = 8, 2.0
 DEIT, LLAVA = "DeiT-S, float32", "LLaVA-1.5-7B, float16"
-# The channel stage is one process on eight CPU cores, each at the 25 G multiply-accumulates per second measured here.
-CPU = "DeiT-S, CPU"
-FLOPS[CPU] = 2 * 25e9 * 8
+CPU = "DeiT-S, CPU"  # one process on eight cores, each as fast as the one measured here
 # Multiply-accumulates of one forward pass: 4.6 G (DeiT-S), and 8.2 TFLOP = 4.1 T (576 visual tokens; 2412.04467).
 MACS = {DEIT: 4.6e9, CPU: 4.6e9, LLAVA: 4.1e12}
 
@@ -174,7 +172,9 @@ def estimate(table: pd.DataFrame, work: Work, gpus: int) -> float:
     however many GPUs wait.
     """
     decode = table[table.axis == "decode"].seconds.item() / CORES_PER_GPU
-    compute = 2 * MACS[work.model] * work.ratio / FLOPS[work.model]
+    tokens = table[table.axis == "tokens"]
+    cores = 2 * CORES_PER_GPU * (tokens.macs / tokens.seconds).min()
+    compute = 2 * MACS[work.model] * work.ratio / (cores if work.model == CPU else FLOPS[work.model])
     start, slope = line(table, "trials")
     asks = sum(max(0.0, start + slope * trial) for trial in range(1, work.trials + 1))
     return (work.passes * max(compute, decode) / (1 if work.model == CPU else gpus) + asks) / 3600
@@ -271,6 +271,7 @@ def main() -> None:
         "--keep", action="store_true", help="measure nothing: write the saved measurements into the pages"
     )
     if not parser.parse_args().keep:
+        torch.set_num_threads(1)  # what one core does, here as in the workers
         store.save_table(measure(), TABLE)
     table = store.load_table(TABLE)
     for page in sorted(Path(paths.root() / "docs").glob("*.md")):
