@@ -172,12 +172,15 @@ def estimate(table: pd.DataFrame, work: Work, gpus: int) -> float:
     however many GPUs wait.
     """
     decode = table[table.axis == "decode"].seconds.item() / CORES_PER_GPU
-    tokens = table[table.axis == "tokens"]
-    cores = 2 * CORES_PER_GPU * (tokens.macs / tokens.seconds).min()
-    compute = 2 * MACS[work.model] * work.ratio / (cores if work.model == CPU else FLOPS[work.model])
+    if work.model == CPU:
+        tokens, gpus = table[table.axis == "tokens"], 1
+        flops = 2 * CORES_PER_GPU * (tokens.macs / tokens.seconds).min()
+    else:
+        flops = FLOPS[work.model]
+    compute = 2 * MACS[work.model] * work.ratio / flops
     start, slope = line(table, "trials")
     asks = sum(max(0.0, start + slope * trial) for trial in range(1, work.trials + 1))
-    return (work.passes * max(compute, decode) / (1 if work.model == CPU else gpus) + asks) / 3600
+    return (work.passes * max(compute, decode) / gpus + asks) / 3600
 
 
 def growth(table: pd.DataFrame) -> str:
