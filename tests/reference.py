@@ -1,128 +1,154 @@
 """Plain reference: one image, one token list, Python loops. Shares no code with the package."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 
-def threshold_choice(thresholds):
-    def choose(layer, pairs):
-        return [a for a, (c, _) in pairs.items() if c > thresholds[layer]] if thresholds[layer] < 1 else []
+@dataclass
+class Layer:
+    """What is decided on at one layer of one image."""
 
-    return choose
+    index: int
+    heads: torch.Tensor  # (H, N, d) what is matched, by its mean over heads; the tokens themselves are one head
+    attention: list  # the first token's to all, mean over heads
+    sizes: list
+    groups: list  # each token's set of originals
+    protected: int
+
+    @property
+    def matches(self):
+        return best_matches(self.heads, self.protected)
+
+
+def best_matches(heads, protected):
+    """{a: (similarity, b)} for the unprotected tokens, alternating between A and B."""
+    metric = heads.mean(0)
+    free = list(range(protected, metric.shape[0]))
+    return {a: best for a in free[0::2] if (best := most_similar(metric, a, free[1::2]))}
+
+
+def most_similar(metric, a, candidates):
+    """(similarity, b); None without candidates."""
+    best = None
+    for b in candidates:
+        c = torch.nn.functional.cosine_similarity(metric[a], metric[b], dim=0).item()
+        if best is None or c > best[0]:
+            best = (c, b)
+    return best
+
+
+def largest(matches, r):
+    """The r pairs (a, b) of highest score."""
+    return [(a, matches[a][1]) for a in sorted(matches, key=lambda a: (-matches[a][0], a))[:r]]
+
+
+def threshold_choice(thresholds):
+    def decide(layer):
+        tau = thresholds[layer.index]
+        return {"pairs": [(a, b) for a, (c, b) in layer.matches.items() if c > tau] if tau < 1 else []}
+
+    return decide
 
 
 def top_r_choice(r):
-    def choose(layer, pairs):
-        return sorted(pairs, key=lambda a: (-pairs[a][0], a))[: r[layer]]
-
-    return choose
+    return lambda layer: {"pairs": largest(layer.matches, r[layer.index])}
 
 
-def attention(attn, x, sizes):
-    """One image's proportional attention, head by head; returns output (N, D) and keys (H, N, d)."""
-    n = len(x)
-    qkv = attn.qkv(x).reshape(n, 3, attn.num_heads, attn.head_dim)
-    heads, keys = [], []
-    for h in range(attn.num_heads):
-        q, k, v = attn.q_norm(qkv[:, 0, h]), attn.k_norm(qkv[:, 1, h]), qkv[:, 2, h]
-        weights = torch.softmax(q @ k.T / math.sqrt(attn.head_dim) + torch.tensor(sizes, dtype=x.dtype).log(), dim=1)
-        heads.append(weights @ v)
-        keys.append(k)
-    out = attn.norm(torch.cat(heads, dim=1))
-    if attn.gate is not None:
-        out = out * torch.sigmoid(attn.gate(x))
-    return attn.proj(out), torch.stack(keys)
+def combine(tokens, sizes, groups, pairs, dropped=(), weights=None, keep_norm=False):
+    """What becomes of one image's tokens: weighted means (by size), sizes and groups; survivors keep their order."""
+    weights = sizes if weights is None else weights
+    members = {i: [i] for i in range(len(tokens))}
+    for a, b in pairs:
+        members[b].append(a)
+    left = [i for i in range(len(tokens)) if i not in dropped and i not in dict(pairs)]
+    values = []
+    for i in left:
+        value = sum(tokens[j] * weights[j] for j in members[i]) / sum(weights[j] for j in members[i])
+        if keep_norm and len(members[i]) > 1:
+            value = value * max(tokens[j].norm() for j in members[i]) / value.norm()
+        values.append(value)
+    return (
+        torch.stack(values),
+        [sum(sizes[j] for j in members[i]) for i in left],
+        [set().union(*(groups[j] for j in members[i])) for i in left],
+    )
 
 
-def best_matches(keys, protected):
-    """{a: (similarity, b)} for the unprotected tokens, alternating between A and B.
-
-    keys: (H, N, d), matched by their mean over heads; the tokens themselves are one head.
-    """
-    metric = keys.mean(0)
-    free = list(range(protected, metric.shape[0]))
-    set_a, set_b = free[0::2], free[1::2]
-    pairs = {}
-    for a in set_a:
-        best = None
-        for b in set_b:
-            c = torch.nn.functional.cosine_similarity(metric[a], metric[b], dim=0).item()
-            if best is None or c > best[0]:
-                best = (c, b)
-        if best is not None:
-            pairs[a] = best
-    return pairs
+def merge_once(x, sizes, groups, decide):
+    """`combine` of tokens by themselves, none of them protected."""
+    return combine(x, sizes, groups, **decide(Layer(0, x[None], [], sizes, groups, 0)))
 
 
-def merge_tokens(tokens, sizes, groups, pairs, chosen):
-    """Size-weighted means; survivors keep their order."""
-    totals = [t * s for t, s in zip(tokens, sizes, strict=True)]
-    sizes, groups = list(sizes), [set(g) for g in groups]
-    for a in chosen:
-        b = pairs[a][1]
-        totals[b] = totals[b] + tokens[a] * sizes[a]
-        sizes[b] += sizes[a]
-        groups[b] |= groups[a]
-    keep = [i for i in range(len(tokens)) if i not in set(chosen)]
-    return [totals[i] / sizes[i] for i in keep], [sizes[i] for i in keep], [groups[i] for i in keep]
+def attend(q, k, v, sizes):
+    """Proportional attention of (N, H, d), head by head: (N, H d), and what the first token attends to."""
+    heads, first = [], []
+    for h in range(q.shape[1]):
+        scores = q[:, h] @ k[:, h].T / math.sqrt(q.shape[2]) + torch.tensor(sizes, dtype=q.dtype).log()
+        heads.append(scores.softmax(1) @ v[:, h])
+        first.append(scores[0].softmax(0))
+    return torch.cat(heads, dim=1), torch.stack(first).mean(0).tolist()
 
 
-def embed(model, image):
-    return model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+def vit_layer(block, x, sizes):
+    """A timm block's attention: what it adds, its keys (H, N, d), and what the first token attends to."""
+    attn, x = block.attn, block.norm1(x)
+    q, k, v = attn.qkv(x).reshape(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out, first = attend(q, k, v, sizes)
+    out = attn.norm(out)
+    out = out if attn.gate is None else out * torch.sigmoid(attn.gate(x))
+    return block.ls1(attn.proj(out)), k.transpose(0, 1), first
 
 
-def run(model, image, choose, feature="tokens"):
-    """One image (C, H, W) through a timm ViT with merging.
+def tower_layer(block, x, sizes):
+    attn, x = block.self_attn, block.layer_norm1(x)
+    q, k, v = (part(x).view(len(x), attn.num_heads, attn.head_dim) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+    out, first = attend(q, k, v, sizes)
+    return attn.out_proj(out), k.transpose(0, 1), first
 
-    Returns logits, token counts entering each block and after the last, sizes, and each token's set of originals.
-    """
-    x = embed(model, image)
+
+def run_layers(x, blocks, attention, mlp, protected, decide, feature):
+    """Tokens (N, D) after all blocks, token counts before each and at the end, sizes, groups."""
     sizes, groups, counts = [1.0] * len(x), [{i} for i in range(len(x))], [len(x)]
-    for layer, block in enumerate(model.blocks):
-        out, keys = attention(block.attn, block.norm1(x), sizes)
-        x = x + block.ls1(out)
-        pairs = best_matches(x[None] if feature == "tokens" else keys, model.num_prefix_tokens)
-        chosen = choose(layer, pairs)
-        tokens, sizes, groups = merge_tokens(list(x), sizes, groups, pairs, chosen)
-        x = torch.stack(tokens)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+    for index, block in enumerate(blocks):
+        out, keys, first = attention(block, x, sizes)
+        x = x + out
+        layer = Layer(index, x[None] if feature == "tokens" else keys, first, sizes, groups, protected)
+        x, sizes, groups = combine(x, sizes, groups, **decide(layer))
+        x = x + mlp(block, x)
         counts.append(len(x))
-    x = model.norm(x)
+    return x, counts, sizes, groups
+
+
+def run(model, image, decide, feature="tokens"):
+    """One image (C, H, W) through a timm ViT with merging: logits, token counts, sizes, groups.
+
+    ``decide(layer)`` gives `combine`'s further arguments.
+    """
+    x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    mlp = lambda block, x: block.ls2(block.mlp(block.norm2(x)))  # noqa: E731
+    x, *rest = run_layers(x, model.blocks, vit_layer, mlp, model.num_prefix_tokens, decide, feature)
+    sizes, x = rest[1], model.norm(x)
     first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    # Repeating a token s times is what the log-size term, and a mean by sizes, mean.
+    repeated = torch.cat([x[i : i + 1].repeat(int(sizes[i]), 1) for i in range(first, len(x))])
     if model.global_pool == "token":
-        logits = model.forward_head(x[None])[0]
-    elif model.global_pool == "map":
-        # Repeating a token s times is what the log-size term means.
-        repeated = torch.cat([x[i : i + 1].repeat(int(sizes[i]), 1) for i in range(first, len(x))])
-        logits = model.head(model.fc_norm(model.attn_pool(repeated[None])))[0]
+        return model.forward_head(x[None])[0], *rest
+    if model.global_pool == "map":
+        pooled = model.attn_pool(repeated[None])
     else:
-        repeated = torch.cat([x[i : i + 1].repeat(int(sizes[i]), 1) for i in range(first, len(x))])
         mean, peak = repeated.mean(0), repeated.amax(0)
-        pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[model.global_pool]
-        logits = model.head(model.fc_norm(pooled[None]))[0]
-    return logits, counts, sizes, groups
+        pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[model.global_pool][None]
+    return model.head(model.fc_norm(pooled))[0], *rest
 
 
-def run_tower(tower, image, choose, layer, skip, feature="tokens"):
-    """One image through the tower, token by token: features, token counts, sizes and each token's patches."""
-    x = tower.embeddings(image[None])
-    x = (tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x)[0]
-    first = max(skip, hasattr(tower, "pre_layrnorm"))
-    sizes, groups, counts = [1.0] * len(x), [{i} for i in range(len(x))], [len(x)]
-    for index, block in enumerate(tower.encoder.layers[:layer]):
-        attn, normed = block.self_attn, block.layer_norm1(x)
-        heads, keys = [], []
-        for h in range(attn.num_heads):
-            part = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
-            q, k, v = (p(normed)[:, part] for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-            weights = torch.softmax(q @ k.T / math.sqrt(attn.head_dim) + torch.tensor(sizes, dtype=x.dtype).log(), 1)
-            heads.append(weights @ v)
-            keys.append(k)
-        x = x + attn.out_proj(torch.cat(heads, dim=1))
-        pairs = best_matches(x[None] if feature == "tokens" else torch.stack(keys), first)
-        tokens, sizes, groups = merge_tokens(list(x), sizes, groups, pairs, choose(index, pairs))
-        x = torch.stack(tokens)
-        x = x + block.mlp(block.layer_norm2(x))
-        counts.append(len(x))
+def run_tower(tower, image, decide, layer, skip, feature="tokens"):
+    """One image through a tower's first layers: features, token counts, sizes, groups."""
+    x, clip = tower.embeddings(image[None]), hasattr(tower, "pre_layrnorm")
+    x = (tower.pre_layrnorm(x) if clip else x)[0]
+    mlp = lambda block, x: block.mlp(block.layer_norm2(x))  # noqa: E731
+    blocks, protected = tower.encoder.layers[:layer], max(skip, clip)
+    x, counts, sizes, groups = run_layers(x, blocks, tower_layer, mlp, protected, decide, feature)
     return x[skip:], counts, sizes[skip:], groups[skip:]

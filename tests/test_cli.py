@@ -24,7 +24,7 @@ def test_a_served_model_answers_a_device_over_a_noisy_channel(end, capsys):
         cli.main(["edge", "--port", port, "--threshold", "0.9", "--images", "4", "--snr", "12", "--scheme", "4"])
     finally:
         server.send_signal(end)
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
     said = capsys.readouterr().out
     assert said.startswith("4 images, ")
     assert "channel uses, awgn at 12 dB" in said
@@ -34,7 +34,7 @@ def test_a_served_model_answers_a_device_over_a_noisy_channel(end, capsys):
 def test_a_model_of_colours_takes_the_grey_sample():
     model = build()
     model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0}
-    batch = cli.photos(tokmerge.patch(model, None, split_layer=2), "test")
+    batch = cli.sample_images(tokmerge.patch(model, None, split_layer=2), "test")
     assert batch.images.shape[1:] == (3, 32, 32)
 
 

@@ -9,8 +9,11 @@ import tokmerge
 import torch
 from conftest import build
 from PIL import Image
-from tokmerge import data, models, paths, store
-from tokmerge.policies import Policy
+from tokmerge.data import image_sets
+from tokmerge.data.registry import load_images
+from tokmerge.io import paths, store
+from tokmerge.merging.matching import Policy
+from tokmerge.models import zoo
 
 TEXT = (paths.root() / "CONTRIBUTING.md").read_text()
 EXAMPLES = dict(re.findall(r"^## Add an? ([\w ]+)\n.*?```python\n(.*?)```", TEXT, re.MULTILINE | re.DOTALL))
@@ -28,11 +31,23 @@ def run(tmp_path):
     return run
 
 
-def test_the_map_names_every_module_once():
-    rows = re.findall(r"^\| (.+?) \|", TEXT, re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`(?:lib/tokmerge/)?(\w+)`", row)]
-    modules = {path.stem for path in (paths.root() / "lib" / "tokmerge").glob("*.py")} - {"__init__"}
-    assert sorted(named) == sorted(modules)
+def test_the_map_names_every_folder_once():
+    named = re.findall(r"^\| \d \| `(\w+)` \|", TEXT, re.MULTILINE)
+    library = paths.root() / "lib" / "tokmerge"
+    folders = {path.parent.name for path in library.glob("*/__init__.py")}
+    assert sorted(named) == sorted(folders | {path.stem for path in library.glob("*.py")} - {"__init__"})
+
+
+def test_the_walks_lead_past_what_is_there():
+    walks = re.search(r"## Three walks\n(.*?)\n## ", TEXT, re.DOTALL).group(1).strip().split("\n\n")
+    assert len(walks) == 3
+    for walk in walks:
+        assert 4 <= len(walk.split("→")) <= 7, walk
+        for name in re.findall(r"`([\w/]+\.(?:py|ipynb|yaml))`", walk):
+            assert any((paths.root() / folder / name).is_file() for folder in (".", "lib/tokmerge")), name
+        code = "".join(path.read_text() for path in (paths.root() / "lib").rglob("*.py"))
+        for name in re.findall(r"`(?:[A-Z]\w+\.)?([a-z_]+|[A-Z]\w+)`", walk):
+            assert re.search(rf"(def|class) {name}\b", code), name
 
 
 def test_there_are_four_short_examples():
@@ -60,9 +75,9 @@ def test_backbone(run, tmp_path):
     run("backbone")
     made = timm.create_model("my_vit")
     store.save_tensors(made.state_dict(), tmp_path / "my_vit.safetensors")
-    model = models.load("my_vit", checkpoint=tmp_path / "my_vit.safetensors")
+    model = zoo.load_model("my_vit", checkpoint=tmp_path / "my_vit.safetensors")
     assert torch.equal(model.head.weight, made.head.weight)
-    assert models.transform(model)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+    assert zoo.transform(model)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
 
 
 def test_data_set(run):
@@ -71,13 +86,13 @@ def test_data_set(run):
     level, upright = (next(stripes.examples(start)).image for start in (0, 1))
     assert level.getpixel((0, 9)) == level.getpixel((20, 9))
     assert upright.getpixel((9, 0)) == upright.getpixel((9, 20))
-    assert len(data.subset(stripes, [1, 2])) == 2
+    assert len(image_sets.subset(stripes, [1, 2])) == 2
 
 
 def test_channel(run):
     erasures = run("channel")["erasures"]
-    model = models.load("fashion-vit")
-    images = data.tensors(data.load("sample"), models.transform(model)).images[:4]
+    model = zoo.load_model("fashion-vit")
+    images = image_sets.tensors(load_images("sample"), zoo.transform(model)).images[:4]
     merged = tokmerge.patch(model, tokmerge.Threshold(0.9), split_layer=6)
     with torch.inference_mode():
         clean, sent = merged(images)

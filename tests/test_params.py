@@ -5,7 +5,7 @@ import ast
 import nbformat
 import pytest
 import yaml
-from tokmerge import notebook, paths
+from tokmerge.io import notebook, paths
 
 ROOT = paths.root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -40,18 +40,22 @@ def test_every_parameter_is_used(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_name_in_a_params_file_is_a_parameter(path):
     known = notebook.literal_names(parameter_cell(ROOT / "notebooks" / f"{path.stem}.ipynb"))
-    given = yaml.safe_load(path.read_text())
+    given = yaml.safe_load(path.read_text()) or {}
     assert set(given) <= set(known), f"unknown: {set(given) - set(known)}"
     assert not any(isinstance(value, dict) for value in given.values()), "params files are flat"
 
 
-@pytest.mark.parametrize("profile", ["embedded", "paper"])
-def test_every_profile_writes_below_its_own_folder(profile):
-    for path in (ROOT / "params" / profile).glob("[0-9]*.yaml"):
-        given = yaml.safe_load(path.read_text())
-        for name in ("inputs_dir", "merging_dir", "out_dir", "work_dir"):
-            if name in given:
-                assert given[name].startswith((f"results/{profile}/", "figures", "lib/tokmerge/assets")), given[name]
+@pytest.mark.parametrize("profile", ["smoke", "embedded", "paper"])
+def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
+    files = sorted((ROOT / "params" / profile).glob("*.yaml"))
+    names = {path.stem for path in files}
+    elsewhere = {"smoke": {"95_scale"}, "embedded": set(), "paper": {"01_train_vit", "02_train_llava", "95_scale"}}
+    assert names == {path.stem for path in NOTEBOOKS} - elsewhere[profile]
+    for path in files:
+        given = yaml.safe_load(path.read_text()) or {}
+        for name in {name for name in given if name.endswith("_dir")}:
+            assert given[name].startswith((f"results/{profile}/", "figures", "lib/tokmerge/assets")), given[name]
+        assert given or profile == "smoke", f"{path} changes nothing"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

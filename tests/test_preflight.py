@@ -13,28 +13,50 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tokmerge import paths, preflight
+from tokmerge import preflight
+from tokmerge.io import paths
 
+PROFILES = """
+profiles: {embedded: &embedded {studies: lib}, paper: &paper {studies: results/paper}}
+by_hand: {embedded: *embedded, paper: *paper}
+"""
+PIPELINE = """
+stages:
+  inputs:
+    foreach: ${profiles}
+    do: {cmd: run, deps: [notebooks/10_inputs.ipynb, 'params/${key}/10_inputs.yaml'], outs: ['results/${key}/inputs']}
+  study:
+    foreach: ${by_hand}
+    do: &study
+      cmd: run
+      deps: [notebooks/45_study.ipynb, 'params/${key}/45_study.yaml', 'results/${key}/inputs']
+      outs: ['${item.studies}/study': {cache: false, persist: true}]
+      frozen: true
+  vqa:
+    foreach: ${profiles}
+    do: {cmd: run, deps: ['params/${key}/50_vqa.yaml', '${item.studies}/study'], outs: ['results/${key}/vqa']}
+"""
 REFUSED = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A repository whose paper profile has two stages that run and a frozen one."""
-    folder = tmp_path / "params" / "paper"
-    folder.mkdir(parents=True)
+    """A repository with an embedded and a paper profile; the second has a frozen stage, whose tables are not there."""
     files = {
         "10_inputs": {"dataset": "imagenet-1k", "model_name": "deit_small_patch16_224", "data_path": None, "seed": 0},
+        "45_study": {"model_name": "no_such_model"},
         "50_vqa": {"llava": "llava-hf/llava-1.5-7b-hf", "datasets": ["vqav2-hub"], "out_dir": "results/paper/vqa"},
-        "99_frozen": {"model_name": "no_such_model"},
     }
-    for name, params in files.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(params))
-    stages = {
-        name: {"cmd": f"papermill notebooks/{name}.ipynb -f params/paper/{name}.yaml", "frozen": name == "99_frozen"}
-        for name in files
-    }
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    for profile in ("embedded", "paper"):
+        (tmp_path / "params" / profile).mkdir(parents=True)
+        for name, params in files.items():
+            (tmp_path / "params" / profile / f"{name}.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "params" / "profiles.yaml").write_text(PROFILES)
+    (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "lib" / "study").write_text("shipped")
     return tmp_path
 
 
@@ -62,14 +84,34 @@ def machine(monkeypatch):
     return here
 
 
+def missing(root, profile="paper", stage=None, study=True):
+    """What is missing, with the frozen stage's tables made unless a test is about them."""
+    if study:
+        (root / "results" / "paper" / "study").mkdir(parents=True, exist_ok=True)
+    return list(preflight.missing(root, profile, stage))
+
+
+def test_stages_are_those_of_the_profile_with_its_values(root):
+    assert preflight.stages(root, "embedded")["study"] == {
+        "cmd": "run",
+        "deps": ["notebooks/45_study.ipynb", "params/embedded/45_study.yaml", "results/embedded/inputs"],
+        "outs": [{"lib/study": {"cache": False, "persist": True}}],
+        "frozen": True,
+    }
+    assert preflight.outputs(preflight.stages(root, "paper")["vqa"]) == ["results/paper/vqa"]
+
+
 def test_nothing_missing_and_everything_asked_for(root, machine):
-    assert list(preflight.missing(root, "paper")) == []
+    assert missing(root) == []
     assert set(machine.asked) == {
         ("dataset", "ILSVRC/imagenet-1k"),
         ("dataset", "lmms-lab/VQAv2"),
         ("model", "timm/deit_small_patch16_224.fb_in1k"),
         ("model", "llava-hf/llava-1.5-7b-hf"),
     }
+    machine.asked.clear()
+    assert missing(root, "embedded") == []
+    assert machine.asked == []
 
 
 def test_all_that_is_missing_comes_in_one_go(root, machine):
@@ -80,7 +122,7 @@ def test_all_that_is_missing_comes_in_one_go(root, machine):
         "lmms-lab/VQAv2": httpx.ConnectError("no"),
     }
     change(root, "10_inputs", mask_path="nowhere/mask.png", judge_name="resnet_of_nobody")
-    found = list(preflight.missing(root, "paper"))
+    found = missing(root)
     expected = [
         "disk: 3 GB free",
         "GPU: none that torch can use; one with 22 GB or more is needed",
@@ -99,9 +141,9 @@ def test_all_that_is_missing_comes_in_one_go(root, machine):
 
 def test_the_largest_gpu_counts_and_a_language_model_needs_more(root, machine):
     machine.gpus = [6e9, 12e9]
-    assert list(preflight.missing(root, "paper")) == ["GPU: the largest has 12 GB, 22 GB are needed"]
+    assert missing(root) == ["GPU: the largest has 12 GB, 22 GB are needed"]
     change(root, "50_vqa", llava=None)
-    assert list(preflight.missing(root, "paper")) == []
+    assert missing(root) == []
 
 
 def test_local_copies_need_no_access(root, machine, tmp_path):
@@ -117,46 +159,68 @@ def test_local_copies_need_no_access(root, machine, tmp_path):
     )
     change(root, "50_vqa", llava=str(tmp_path / "llava"), datasets=["vqav2"], data_path=str(tmp_path / "val"))
     machine.token = None
-    assert list(preflight.missing(root, "paper")) == []
+    assert missing(root) == []
     assert machine.asked == []
     change(root, "50_vqa", data_path=None)
-    assert list(preflight.missing(root, "paper")) == [
-        "local: data_path of vqav2 (params/paper/50_vqa.yaml) does not exist"
-    ]
+    assert missing(root) == ["local: data_path of vqav2 (params/paper/50_vqa.yaml) does not exist"]
     change(root, "50_vqa", data_path=str(tmp_path / "val"))
     (tmp_path / "llava").rmdir()
-    assert [line.split(" does")[0] for line in preflight.missing(root, "paper")] == [
+    assert [line.split(" does")[0] for line in missing(root)] == [
         f"local: {tmp_path / 'llava'} (llava in params/paper/50_vqa.yaml)"
     ]
 
 
 def test_a_frozen_stage_that_others_wait_for_is_asked_for(root, machine):
-    file = root / "params" / "paper" / "dvc.yaml"
-    pipeline = yaml.safe_load(file.read_text())
-    pipeline["stages"]["10_inputs"]["outs"] = ["results/paper/inputs"]
-    pipeline["stages"]["99_frozen"] |= {"deps": ["results/paper/inputs"], "outs": ["results/paper/study"]}
-    pipeline["stages"]["50_vqa"]["deps"] = ["results/paper/inputs", "results/paper/study"]
-    file.write_text(yaml.safe_dump(pipeline))
-    (line,) = preflight.missing(root, "paper")
+    (line,) = missing(root, study=False)
     assert line == (
-        "study: results/paper/study, which stage 50_vqa reads, is made by hand: "
-        "`.venv/bin/dvc repro params/paper/dvc.yaml:10_inputs && make studies PROFILE=paper STUDY=99_frozen`"
+        "input: results/paper/study, for vqa, is not there yet: "
+        "`.venv/bin/dvc repro inputs@paper && make studies PROFILE=paper STUDY=study`"
     )
-    (root / "results" / "paper" / "study").mkdir(parents=True)
-    assert list(preflight.missing(root, "paper")) == []
+    (root / "lib" / "study").unlink()
+    assert missing(root, "embedded") == ["input: lib/study, for vqa, is not there yet: `git checkout -- lib/study`"]
+
+
+def test_a_stage_by_itself_needs_its_inputs(root, machine):
+    assert missing(root, "embedded", "study") == [
+        "input: results/embedded/inputs, for study, is not there yet: `.venv/bin/dvc repro inputs@embedded`"
+    ]
+    (root / "results" / "embedded" / "inputs").mkdir(parents=True)
+    assert missing(root, "embedded", "study") == []
+    with pytest.raises(ValueError, match=r"^no stage 'stduy' in the embedded profile: use inputs, study, vqa$"):
+        missing(root, "embedded", "stduy")
+
+
+def test_an_unknown_profile_and_a_folder_that_lacks_a_file_are_named(root, machine):
+    with pytest.raises(ValueError, match=r"^no profile 'papre' in params/profiles.yaml: use embedded, paper$"):
+        missing(root, "papre")
+    (root / "params" / "embedded" / "50_vqa.yaml").unlink()
+    assert missing(root, "embedded") == [
+        "params: params/embedded lacks 50_vqa.yaml: a comment is enough where nothing differs"
+    ]
+
+
+def test_an_archive_without_git_is_told_how_dvc_runs_without(root, machine):
+    (root / ".git").rmdir()
+    (line,) = missing(root, "embedded")
+    assert line.startswith(
+        f"git: {root} is no clone but an unpacked archive: `.venv/bin/dvc config --local core.no_scm"
+    )
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    assert missing(root, "embedded") == []
 
 
 def test_disk_counts_what_will_be_fetched(root, machine):
     machine.free = (10 + 7 + 7 + 14.2 + 0.5 - 1) * 1e9
-    (line,) = preflight.missing(root, "paper")
+    (line,) = missing(root)
     assert line.startswith("disk: 38 GB free")
     assert line.endswith("about 39 GB are needed")
     machine.free = 1e9
-    assert len(list(preflight.missing(root, "embedded"))) == 1
+    assert len(missing(root, "embedded")) == 1
 
 
 def test_the_paper_profile_of_this_repository_names_what_it_loads(machine):
-    wanted = preflight.needs(paths.root(), "paper")
+    wanted = preflight.needs(paths.root(), preflight.stages(paths.root(), "paper").values())
     assert "ILSVRC/imagenet-1k" in wanted.data
     assert "timm/deit_small_patch16_224.fb_in1k" in wanted.models
     assert wanted.unknown == {}
@@ -165,7 +229,6 @@ def test_the_paper_profile_of_this_repository_names_what_it_loads(machine):
 
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_a_notebook_that_outlived_its_run_is_named(root, folder):
-    (root / "notebooks").mkdir()
     script = root / "papermill"
     script.write_text(
         textwrap.dedent("""
@@ -208,11 +271,17 @@ def test_a_killed_run_leaves_no_lock_that_stops_the_next(tmp_path):
     assert (tmp_path / "out").read_text() == "done\n"
 
 
-def test_command_exits_with_all_lines(root, machine, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", [".", "params/paper"])
+def test_command_exits_with_all_lines_wherever_it_is_started(root, machine, monkeypatch, capsys, folder):
     machine.gpus, machine.token = [], None
-    monkeypatch.setattr(paths, "root", lambda: root)
+    monkeypatch.chdir(root / folder)
     monkeypatch.setattr(sys, "argv", ["preflight", "paper"])
     with pytest.raises(SystemExit) as stopped:
         preflight.main()
-    assert stopped.value.code.splitlines()[0] == "The paper profile cannot start:"
-    assert len(stopped.value.code.splitlines()) == 4
+    first, *lines, last = stopped.value.code.splitlines()
+    assert first == "The paper profile cannot start:"
+    assert [line.split(":")[0] for line in lines] == ["  - input", "  - GPU", "  - token"]
+    assert last == "docs/paper_profile.md says how to get each."
+    monkeypatch.setattr(sys, "argv", ["preflight", "papre"])
+    with pytest.raises(SystemExit, match=r"^preflight: no profile 'papre'"):
+        preflight.main()

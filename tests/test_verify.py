@@ -3,7 +3,8 @@ import subprocess
 import sys
 
 import pytest
-from tokmerge import paths, verify
+from tokmerge import verify
+from tokmerge.io import paths
 from tokmerge.verify import compare
 
 
@@ -98,6 +99,7 @@ def test_real_keys_meet_the_rule_that_is_meant():
 def clone(tmp_path):
     """A repository of one commit that holds numbers; (folder, write new numbers, run verify)."""
     (tmp_path / "figures").mkdir()
+    (tmp_path / "notebooks").mkdir()
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
 
     def write(**numbers):

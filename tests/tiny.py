@@ -1,41 +1,23 @@
-"""Small random models of transformers' real classes, and a word-level processor for them."""
+"""Small random models of transformers' real classes, and the shipped models' processor for them."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+import transformers as hf
+from tokmerge.merging.calibration import Calibration
+from tokmerge.models import tiny_llava
+from tokmerge.models.vision_tower import patch_tower
+from torch.nn.utils.rnn import pad_sequence
 
 TOWER = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 3,
-    "image_size": 32,
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 32,
     "patch_size": 4,
-}
+}  # fmt: skip
 TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
-KINDS = {"clip": (CLIPVisionModel, CLIPVisionConfig), "siglip": (SiglipVisionModel, SiglipVisionConfig)}
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+KINDS = {"clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig), "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig)}
 IMAGE_TOKEN = 3
+PROMPTS = [[1, 10, 3, 11, 12], [1, 3, 20, 21, 22, 23, 24], [1, 30, 31, 32, 3, 33], [3, 40], [1, 50, 51, 3, 52]]
 
 
 def spread(model, scale=1.5):
@@ -56,15 +38,15 @@ def tower(kind="clip", **overrides):
 
 def llava(kind="clip", strategy=None, text=None, **overrides):
     """A LLaVA with a tower of 64 patches and a two-layer Llama (or the text config given)."""
-    config = LlavaConfig(
+    config = hf.LlavaConfig(
         vision_config=KINDS[kind][1](**TOWER),
-        text_config=text or LlamaConfig(**TEXT),
+        text_config=text or hf.LlamaConfig(**TEXT),
         image_token_index=IMAGE_TOKEN,
         image_seq_length=64,
         vision_feature_select_strategy=strategy or ("default" if kind == "clip" else "full"),
         **overrides,
     )
-    model = spread(LlavaForConditionalGeneration(config))
+    model = spread(hf.LlavaForConditionalGeneration(config))
     model.generation_config.eos_token_id = model.config.text_config.eos_token_id
     model.generation_config.pad_token_id = 0
     return model
@@ -72,23 +54,21 @@ def llava(kind="clip", strategy=None, text=None, **overrides):
 
 def processor(texts, side=32):
     """Words of ``texts`` as tokens after <pad> <s> </s> <image> <unk>; images resized to a square."""
-    special = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
-    split = pre_tokenizers.Whitespace()
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.replace("<image>", ""))})
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = split
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
+    words = tiny_llava.words(text.replace("<image>", "") for text in texts)
+    return tiny_llava.processor({"image_size": side, "patch_size": 4}, words)
+
+
+def thresholds(tower, images, share=0.4):
+    """Thresholds that merge about a share of every layer's set A."""
+    calibration = Calibration.of(lambda observer: patch_tower(tower, observer)(images))
+    return calibration.thresholds([share] * len(calibration.quantiles))
+
+
+def padded(prompts, side="left", repeat=1):
+    """(B, S) ids and mask; each placeholder ``repeat`` times."""
+    rows = [[token for i in row for token in [i] * (repeat if i == IMAGE_TOKEN else 1)] for row in prompts]
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in part], batch_first=True, padding_side=side)
+        for part in (rows, [[1] * len(row) for row in rows])
     )
-    size = {"height": side, "width": side}
-    images = CLIPImageProcessor(size=size, do_center_crop=False)
-    return LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
+    return ids, mask

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokmerge.spaces import threshold_space
+from tokmerge.search.space import threshold_space
 
 REFERENCE = (0.1, 1.0, 1.0)
 SPACE = threshold_space("cosine", depth=2)
@@ -28,14 +28,6 @@ def front(n=400):
     """(n, 3) objective values without waste."""
     second = np.linspace(0, 1, n)
     return np.stack([0.1 * second**2, 1 - 0.8 * second, (1 - second) ** 2], axis=1)
-
-
-def drive(run, n, evaluate, batch):
-    """Ask, evaluate and tell until there are n trials or no more to propose."""
-    while run.n < n and (proposed := run.ask(min(batch, n - run.n))):
-        for trial, result in evaluate(proposed):
-            run.tell(trial, result)
-    return run
 
 
 def plain():

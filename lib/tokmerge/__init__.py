@@ -9,48 +9,30 @@ torch.Size([1, 13])
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tokmerge.front import Front, load_front
-    from tokmerge.peers import (
-        AdaMerge,
-        AttentionPruning,
-        CappedThreshold,
-        RandomMerging,
-        RandomPruning,
-        RelativeThreshold,
-        StaticRates,
-        ToFu,
-    )
-    from tokmerge.policies import PiToMe, Policy, Threshold, TopR
-    from tokmerge.vit import MergedViT, Record, patch, unmerge, unpatch
-
-# Loaded on first use, so that drawing figures from saved tables does not depend on the engine.
+# Loaded on first use, so that drawing figures from saved tables does not load the engine.
 _HOME = {
-    "front": ("Front", "load_front"),
-    "peers": (
-        "AdaMerge",
-        "AttentionPruning",
-        "CappedThreshold",
-        "RandomMerging",
-        "RandomPruning",
-        "RelativeThreshold",
-        "StaticRates",
-        "ToFu",
-    ),
-    "policies": ("PiToMe", "Policy", "Threshold", "TopR"),
-    "vit": ("MergedViT", "Record", "patch", "unmerge", "unpatch"),
+    "merging.front": ("Front", "load_front"),
+    "merging.matching": ("Policy",),
+    "merging.peers": ("AdaMerge", "AttentionPruning", "RandomMerging", "RandomPruning", "StaticRates", "ToFu"),
+    "merging.policies": ("PiToMe", "Threshold", "TopR"),
+    "merging.thresholds": ("CappedThreshold", "LocalThreshold", "RelativeThreshold"),
+    "models.vit": ("MergedViT", "Record", "patch", "unmerge", "unpatch"),
 }
+__all__ = ["llava", *(name for names in _HOME.values() for name in names)]
 
-__all__ = [
-    "AdaMerge", "AttentionPruning", "CappedThreshold", "Front", "MergedViT", "PiToMe", "Policy",
-    "RandomMerging", "RandomPruning", "Record", "RelativeThreshold", "StaticRates", "Threshold", "ToFu", "TopR",
-    "load_front", "patch", "unmerge", "unpatch",
-]  # fmt: skip
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
+    if name == "llava":
+        try:
+            return import_module("tokmerge.models.llava")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"tokmerge.llava needs {error.name}: pip install 'tokmerge[llava]'") from error
     for module, names in _HOME.items():
         if name in names:
             return getattr(import_module(f"tokmerge.{module}"), name)

@@ -5,18 +5,22 @@ import asyncio
 import signal
 from collections.abc import Sequence
 
-import numpy as np
-import torch
+try:
+    import numpy as np
+    import torch
 
-from tokmerge import data, models, paths
-from tokmerge.channel import KINDS, LADDER, Channel
-from tokmerge.edge import Radio, ask, payloads
-from tokmerge.fragments import average
-from tokmerge.front import load_front
-from tokmerge.policies import Threshold
-from tokmerge.server import Desk, Server
-from tokmerge.vit import MergedViT, patch
-from tokmerge.wire import PRECISIONS
+    from tokmerge.channel.device import payloads, request_answers
+    from tokmerge.channel.phy import FADING, LADDER, Channel, send_bytes
+    from tokmerge.channel.segmentation import protected_means
+    from tokmerge.channel.server import Responder, Server
+    from tokmerge.data import fashion_mnist, image_sets
+    from tokmerge.merging.front import load_front
+    from tokmerge.merging.policies import Threshold
+    from tokmerge.models import zoo
+    from tokmerge.models.vit import MergedViT, patch
+    from tokmerge.wire import PRECISIONS
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"tokmerge: {missing.name} is missing: pip install 'tokmerge[channel]'") from missing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (serve, edge):
         command.add_argument("--host", default="127.0.0.1")
         command.add_argument("--port", type=int, default=7341, help="default 7341; serve: 0 for any that is free")
-        command.add_argument("--model", default=models.FASHION_VIT, help="fashion-vit (default) or a timm name")
+        command.add_argument("--model", default=zoo.FASHION_VIT, help="fashion-vit (default) or a timm name")
         command.add_argument("--split", type=int, default=6, help="blocks that run on the device (default 6)")
         which = command.add_mutually_exclusive_group()
         which.add_argument("--threshold", type=float, default=0.93, help="one for all blocks (default 0.93; 1: off)")
@@ -36,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--max-drop", type=float, default=0.005, help="of accuracy, with --front (default 0.005)")
     edge.add_argument("--precision", choices=PRECISIONS, default="int8")
     edge.add_argument("--images", type=int, default=64, help="test images of the sample to send (default 64)")
-    edge.add_argument("--channel", choices=KINDS, default="awgn")
+    edge.add_argument("--channel", choices=FADING, default="awgn")
     edge.add_argument("--snr", type=float, help="average SNR in dB; without it nothing is lost")
     edge.add_argument("--scheme", type=int, default=4, choices=range(len(LADDER)),
                       help="; ".join(f"{i}: {one}" for i, one in enumerate(LADDER)))  # fmt: skip
@@ -44,51 +48,52 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def model(given: argparse.Namespace, precision: str = "int8") -> MergedViT:
+def load_merged(given: argparse.Namespace, precision: str) -> MergedViT:
     """The model that device and server share."""
-    policy = load_front(paths.resolve(given.front)).pick(given.max_drop) if given.front else Threshold(given.threshold)
-    return patch(models.load(given.model), policy, precision=precision, split_layer=given.split)
+    policy = load_front(given.front).pick(given.max_drop) if given.front else Threshold(given.threshold)
+    return patch(zoo.load_model(given.model), policy, precision=precision, split_layer=given.split)
 
 
-def photos(merged: MergedViT, split: str) -> data.Batch:
+def sample_images(merged: MergedViT, split: str) -> image_sets.Batch:
     """The sample that ships with the package."""
-    return data.tensors(data.load("sample", split), models.transform(merged.model))
+    return image_sets.tensors(fashion_mnist.sample(split), zoo.transform(merged.model))
 
 
-async def serve(given: argparse.Namespace) -> None:
+async def run_server(given: argparse.Namespace) -> None:
     """Run a server until it is interrupted or told to end (SIGINT, SIGTERM)."""
-    told = asyncio.Event()
+    ended = asyncio.Event()
     # Handlers of our own: a process started in the background of a script has interrupts switched off.
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
-    merged = model(given)
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    merged = load_merged(given, "int8")
     with torch.inference_mode():
-        prototype = average(merged.edge(photos(merged, "train").images), merged.model.num_prefix_tokens)
-    server = Server(Desk(merged, prototype))
+        prototype = protected_means(merged.edge(sample_images(merged, "train").images), merged.model.num_prefix_tokens)
+    server = Server(Responder(merged, prototype))
     host, port = await server.start(given.host, given.port)
     print(f"serving {given.model}, split after block {given.split}, on {host}:{port}", flush=True)
     try:
-        await told.wait()
+        await ended.wait()
     finally:
         await server.stop()
 
 
-async def edge(given: argparse.Namespace) -> None:
+async def run_device(given: argparse.Namespace) -> None:
     """Send images, print accuracy, bytes and latency."""
-    merged = model(given, given.precision)
-    batch = photos(merged, "test")
+    merged = load_merged(given, given.precision)
+    batch = sample_images(merged, "test")
     sent = payloads(merged, batch.images[: given.images])
-    air, uses = None, 0.0
+    arriving, over = sent, ""
     if given.snr is not None:
-        generator = torch.Generator().manual_seed(given.seed)
-        air = Radio(LADDER[given.scheme], Channel(given.channel), given.snr, generator)
-        uses = float(np.mean([air.uses(len(payload)) for payload in sent]))
-    replies = await ask(sent, given.host, given.port, air)
+        scheme, channel, generator = LADDER[given.scheme], Channel(given.channel), torch.Generator()
+        generator.manual_seed(given.seed)
+        arriving = [send_bytes(payload, scheme, channel, given.snr, generator)[0] for payload in sent]
+        uses = np.mean([scheme.blocks(len(payload)) * channel.uses(scheme) for payload in sent])
+        over = f", {uses:,.0f} channel uses, {given.channel} at {given.snr:g} dB"
+    replies = await request_answers(arriving, given.host, given.port)
     right = [reply.scores is not None and int(reply.scores.argmax()) == label
              for reply, label in zip(replies, batch.labels[: given.images].tolist(), strict=True)]  # fmt: skip
-    print(f"{len(sent)} images, {np.mean([len(payload) for payload in sent]):,.0f} bytes each"
-          + (f", {uses:,.0f} channel uses, {given.channel} at {given.snr:g} dB" if air else "")
-          + f": {np.mean(right):.1%} right, {sum(reply.scores is None for reply in replies)} refused, "
+    print(f"{len(sent)} images, {np.mean([len(payload) for payload in sent]):,.0f} bytes each{over}: "
+          f"{np.mean(right):.1%} right, {sum(reply.scores is None for reply in replies)} refused, "
           f"{1e3 * np.median([reply.seconds for reply in replies]):.0f} ms from sending to the answer")  # fmt: skip
 
 
@@ -96,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     given = parser().parse_args(arguments)
     try:
-        asyncio.run(serve(given) if given.command == "serve" else edge(given))
+        asyncio.run(run_server(given) if given.command == "serve" else run_device(given))
     except KeyboardInterrupt:
         pass
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"tokmerge {given.command}: {error}") from error
 
 

@@ -1,15 +1,17 @@
-"""`python -m tokmerge.preflight [paper]`: is all there that a profile needs? Lists what is missing in one go.
+"""`python -m tokmerge.preflight [PROFILE [STAGE]]`: is all there that a run needs? Lists what is missing in one go.
 
-What a profile needs is read from its params files: data sets, models, local files. GPU memory and disk are estimates.
-Both profiles also look for what a killed run left behind: dvc's locks end with it, but a notebook that was under way
+What a profile needs is read from dvc.yaml and its params files: data sets, models, local files. GPU memory and disk are
+estimates. It also looks for what a killed run left behind: dvc's locks end with it, but a notebook that was under way
 goes on by itself, and a second one beside it would write to the same folders.
 """
 
 import argparse
+import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from typing import Any
 import psutil
 import yaml
 
-from tokmerge import paths
+from tokmerge.io import paths
 
 # Gigabytes that a data set or model takes on disk; anything else counts as OTHER.
-SIZES = {"ILSVRC/imagenet-1k": 7.0, "lmms-lab/VQAv2": 7.0, "llava-hf/llava-1.5-7b-hf": 14.2}
+STAGE_GIGABYTES = {"ILSVRC/imagenet-1k": 7.0, "lmms-lab/VQAv2": 7.0, "llava-hf/llava-1.5-7b-hf": 14.2}
 OTHER = 0.5
-RESULTS = {"embedded": 2.0, "paper": 10.0}
+# And its results: of a profile that needs no GPU and no hub, and of any other.
+RESULTS, LARGE_RESULTS = {"smoke": 0.5, "embedded": 2.0}, 10.0
 # Gigabytes of GPU memory: for a vision transformer of a batch of 64, and for a 7B language model in half precision.
 VISION_MEMORY, LANGUAGE_MEMORY = 8.0, 22.0
 # Data sets that have to be on this machine, where data_path says.
@@ -51,7 +54,7 @@ class Needs:
     @property
     def gigabytes(self) -> float:
         """Disk for all data sets and models."""
-        return sum(SIZES.get(name, OTHER) for name in (*self.data, *self.models))
+        return sum(STAGE_GIGABYTES.get(name, OTHER) for name in (*self.data, *self.models))
 
     @property
     def gpu_gigabytes(self) -> float:
@@ -59,13 +62,42 @@ class Needs:
         return LANGUAGE_MEMORY if any("llava" in name.lower() for name in self.models) else VISION_MEMORY
 
 
-def needs(root: Path, profile: str) -> Needs:
-    """What the stages of a profile need, from their params files; frozen stages do not run and need nothing."""
+def stages(root: Path, profile: str) -> dict[str, dict[str, Any]]:
+    """The stages of a profile as dvc.yaml declares them, by their names without ``@profile``.
+
+    Raises:
+        ValueError: there is no such profile; the message lists those there are.
+    """
+    tables = yaml.safe_load((root / "params" / "profiles.yaml").read_text())
+    if profile not in tables["profiles"]:
+        raise ValueError(f"no profile {profile!r} in params/profiles.yaml: use {', '.join(tables['profiles'])}")
+    found = {}
+    for name, group in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
+        items = tables[group["foreach"].strip("${}")]
+        if profile in items:
+            text = json.dumps(group["do"]).replace("${key}", profile)
+            for key, value in items[profile].items():
+                text = text.replace(f"${{item.{key}}}", value)
+            found[name] = json.loads(text)
+    return found
+
+
+def params_file(stage: dict[str, Any]) -> str:
+    """The params file of a stage, below the repository."""
+    return next(dep for dep in stage["deps"] if dep.startswith("params/"))
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    """What a stage writes, below the repository."""
+    return [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]]
+
+
+def needs(root: Path, running: Iterable[dict[str, Any]]) -> Needs:
+    """What stages need, from their params files."""
     found = Needs()
-    for stage in yaml.safe_load((root / "params" / profile / "dvc.yaml").read_text())["stages"].values():
-        if not stage.get("frozen"):
-            for file in re.findall(r"-f (\S+\.yaml)", stage["cmd"]):
-                _read(yaml.safe_load((root / file).read_text()) or {}, file, found)
+    for file in map(params_file, running):
+        if (root / file).exists():
+            _read(yaml.safe_load((root / file).read_text()) or {}, file, found)
     return found
 
 
@@ -105,23 +137,35 @@ def _model(name: str, file: str, found: Needs) -> None:
         found.unknown[name] = file
 
 
-def missing(root: Path, profile: str) -> Iterator[str]:
+def missing(root: Path, profile: str, stage: str | None = None) -> Iterator[str]:
     """A line for everything that is not as it must be; none if a run can start.
 
     Args:
         root: the repository.
-        profile: "embedded" or "paper".
+        profile: of params/profiles.yaml.
+        stage: the only one that is to run, frozen or not; all that are not frozen if none is named.
+
+    Raises:
+        ValueError: no such profile or stage.
     """
+    declared = stages(root, profile)
+    if stage is not None and stage not in declared:
+        raise ValueError(f"no stage {stage!r} in the {profile} profile: use {', '.join(declared)}")
     yield from leftovers(root)
-    wanted = Needs() if profile == "embedded" else needs(root, profile)
-    yield from _disk(root, RESULTS[profile] + wanted.gigabytes)
-    if profile == "embedded":
+    yield from _repository(root)
+    files = [Path(params_file(one)) for one in declared.values()]
+    if absent := [file.name for file in files if not (root / file).exists()]:
+        yield f"params: params/{profile} lacks {', '.join(absent)}: a comment is enough where nothing differs"
+    running = [stage] if stage else [name for name, one in declared.items() if not one.get("frozen")]
+    yield from _inputs(root, profile, declared, running)
+    wanted = Needs() if profile in RESULTS else needs(root, [declared[name] for name in running])
+    yield from _disk(root, RESULTS.get(profile, LARGE_RESULTS) + wanted.gigabytes)
+    if profile in RESULTS:
         return
     yield from _gpu(wanted.gpu_gigabytes)
     for path, where in wanted.local.items():
-        if not paths.resolve(path).exists():
+        if not (root / path).exists():
             yield f"local: {path} ({where}) does not exist"
-    yield from _studies(root, profile)
     for name, file in wanted.unknown.items():
         yield f"model: {name!r} in {file} is neither a timm model with weights nor a hub name"
     yield from _hub(wanted)
@@ -145,20 +189,35 @@ def leftovers(root: Path) -> Iterator[str]:
             )
 
 
-def _studies(root: Path, profile: str) -> Iterator[str]:
-    """Tables of frozen stages that stages which run will ask for: better now than hours later."""
-    pipeline = f"params/{profile}/dvc.yaml"
-    stages = yaml.safe_load((root / pipeline).read_text())["stages"]
-    maker = {(next(iter(out)) if isinstance(out, dict) else out): name
-             for name, stage in stages.items() for out in stage.get("outs", [])}  # fmt: skip
-    for name, stage in stages.items():
-        for dep in [] if stage.get("frozen") else stage.get("deps", []):
-            study = maker.get(dep)
-            if study and stages[study].get("frozen") and not (root / dep).exists():
-                first = [f"{pipeline}:{maker[one]}" for one in stages[study]["deps"] if one in maker]
-                command = f".venv/bin/dvc repro {' '.join(first)} && " if first else ""
-                command += f"make studies PROFILE={profile} STUDY={study}"
-                yield f"study: {dep}, which stage {name} reads, is made by hand: `{command}`"
+def _repository(root: Path) -> Iterator[str]:
+    """dvc starts in a git repository only, unless it is told otherwise."""
+    config = "".join(file.read_text() for file in (root / ".dvc").glob("config*"))
+    if "no_scm" not in config and not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        yield (
+            f"git: {root} is no clone but an unpacked archive: `.venv/bin/dvc config --local core.no_scm true` "
+            "lets dvc run without git"
+        )
+
+
+def _inputs(root: Path, profile: str, declared: dict[str, dict[str, Any]], running: Sequence[str]) -> Iterator[str]:
+    """Tables that nothing in this run makes, of frozen stages or of any other: better now than hours later."""
+    maker = {out: name for name, stage in declared.items() for out in outputs(stage)}
+    readers = defaultdict(list)
+    for name in running:
+        for dep in declared[name]["deps"]:
+            if dep in maker and maker[dep] not in running and not (root / dep).exists():
+                readers[dep].append(name)
+    for dep, names in readers.items():
+        by = declared[maker[dep]]
+        first = " ".join(f"{maker[one]}@{profile}" for one in by["deps"] if one in maker)
+        if not by.get("frozen"):
+            command = f".venv/bin/dvc repro {maker[dep]}@{profile}"
+        elif dep.startswith("lib/"):
+            command = f"git checkout -- {dep}"
+        else:
+            before = f".venv/bin/dvc repro {first} && " if first else ""
+            command = f"{before}make studies PROFILE={profile} STUDY={maker[dep]}"
+        yield f"input: {dep}, for {', '.join(names)}, is not there yet: `{command}`"
 
 
 def _disk(root: Path, gigabytes: float) -> Iterator[str]:
@@ -201,12 +260,16 @@ def _hub(wanted: Needs) -> Iterator[str]:
 def main() -> None:
     """Print what is missing; exit with 1 if anything is."""
     parser = argparse.ArgumentParser(prog="python -m tokmerge.preflight", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("profile", nargs="?", default="embedded", choices=("embedded", "paper"))
-    profile = parser.parse_args().profile
-    found = list(missing(paths.root(), profile))
+    parser.add_argument("profile", nargs="?", default="embedded")
+    parser.add_argument("stage", nargs="?", help="the only one that is to run")
+    given = parser.parse_args()
+    try:
+        found = list(missing(paths.root(), given.profile, given.stage))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"preflight: {error}")
     if found:
-        lines = [f"The {profile} profile cannot start:", *(f"  - {line}" for line in found)]
-        sys.exit("\n".join(lines) + ("\ndocs/paper_profile.md says how to get each." if profile == "paper" else ""))
+        recipe = [] if given.profile in RESULTS else ["docs/paper_profile.md says how to get each."]
+        sys.exit("\n".join([f"The {given.profile} profile cannot start:", *(f"  - {line}" for line in found), *recipe]))
 
 
 if __name__ == "__main__":

@@ -14,21 +14,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
-from tokmerge import paths
+from tokmerge.io import paths
 
 NUMBERS = "figures/numbers.json"
+Number = float | str
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How far the numbers of some keys may move.
-
-    Attributes:
-        pattern: of the keys, as in file names.
-        tolerance: largest absolute difference; 0: must be equal, inf: only reported.
-        why: in a few words.
-    """
+class Rule(NamedTuple):
+    """How far the numbers of some keys may move: by at most the tolerance (0: must be equal, inf: only reported)."""
 
     pattern: str
     tolerance: float
@@ -75,18 +70,11 @@ OTHERWISE = Rule("*", 0.02, "no rule of its own")
 
 @dataclass(frozen=True)
 class Difference:
-    """One key whose values are not equal.
-
-    Attributes:
-        key: of the number.
-        before: committed value; None: the key is new.
-        after: rebuilt value; None: the key is gone.
-        rule: which applied.
-    """
+    """One key whose values are not equal; before is None where it is new, after where it is gone."""
 
     key: str
-    before: float | str | None
-    after: float | str | None
+    before: Number | None
+    after: Number | None
     rule: Rule
 
     @property
@@ -99,18 +87,13 @@ class Difference:
         return abs(self.after - self.before) > self.rule.tolerance + 1e-12
 
     def __str__(self) -> str:
-        mark = "MOVED" if self.beyond else "     "
+        before, after = (
+            one if one is None or isinstance(one, str) else f"{one:.6g}" for one in (self.before, self.after)
+        )
         allowed = "only reported" if self.rule.tolerance == inf else f"within {self.rule.tolerance:g}"
-        shown = [
-            value if isinstance(value, str) else f"{value:.6g}"
-            for value in (self.before, self.after)
-            if value is not None
-        ]
-        if self.before is None:
-            return f"{mark} {self.key}: new, {shown[0]}"
-        if self.after is None:
-            return f"{mark} {self.key}: gone, was {shown[0]}"
-        return f"{mark} {self.key}: {shown[0]} -> {shown[1]} ({allowed}: {self.rule.why})"
+        moved = f"{before} -> {after} ({allowed}: {self.rule.why})"
+        said = f"new, {after}" if before is None else f"gone, was {before}" if after is None else moved
+        return f"{'MOVED' if self.beyond else '     '} {self.key}: {said}"
 
 
 def rule_of(key: str) -> Rule:
@@ -122,27 +105,19 @@ def rule_of(key: str) -> Rule:
     return next((rule for rule in RULES if fnmatchcase(key, rule.pattern)), OTHERWISE)
 
 
-def compare(before: Mapping[str, float | str], after: Mapping[str, float | str]) -> list[Difference]:
+def compare(before: Mapping[str, Number], after: Mapping[str, Number]) -> list[Difference]:
     """Every key whose values differ, in the order of the committed file, new keys last.
 
     >>> [moved] = compare({"a.top1": 0.9, "b": 1}, {"a.top1": 0.8, "b": 1})
     >>> moved.key, moved.beyond
     ('a.top1', True)
     """
-    keys = dict.fromkeys([*before, *after])
-    return [
-        Difference(key, before.get(key), after.get(key), rule_of(key))
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
+    pairs = {key: (before.get(key), after.get(key)) for key in [*before, *after]}
+    return [Difference(key, old, new, rule_of(key)) for key, (old, new) in pairs.items() if old != new]
 
 
-def committed(root: Path, revision: str = "HEAD") -> dict[str, float | str]:
-    """The numbers as git holds them.
-
-    Args:
-        root: the repository.
-        revision: which commit's.
+def committed(root: Path, revision: str = "HEAD") -> dict[str, Number]:
+    """The numbers as git holds them in a revision.
 
     Raises:
         ValueError: no git, no repository, or no such file in that commit.
@@ -165,9 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tokmerge.verify", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--against", default="HEAD", metavar="REVISION", help="of git (default HEAD)")
     revision = parser.parse_args().against
-    root = paths.root()
     try:
-        before = committed(root, revision)
+        before = committed(paths.root(), revision)
         after = json.loads(paths.need(NUMBERS, made_by="90_figures").read_text())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"verify: {error}")

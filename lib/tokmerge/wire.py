@@ -27,6 +27,7 @@ holds; since its missing tokens come back as zeros, N x D may then be at most th
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,32 +46,22 @@ class WireError(ValueError):
 
 
 class Payload(NamedTuple):
-    """A decoded payload.
+    """A decoded payload."""
 
-    Attributes:
-        tokens: (N, D) float32; zeros where not received.
-        sizes: (N,) int64, 0 where not received; None if they were not sent.
-        received: (N,) bool, False for the tokens of damaged and missing chunks.
-    """
-
-    tokens: Tensor
-    sizes: Tensor | None
-    received: Tensor
+    tokens: Tensor  #: (N, D) float32; zeros where not received
+    sizes: Tensor | None  #: (N,) int64, 0 where not received; None if they were not sent
+    received: Tensor  #: (N,) bool, False for the tokens of damaged and missing chunks
 
 
 def payload_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
                   chunk_tokens: int = CHUNK_TOKENS) -> Tensor:  # fmt: skip
-    """Exact length of what `encode` gives for each image, without encoding.
+    """Exact length of what `encode` gives for each image, without encoding: (B,) int64, on the device of ``lengths``.
 
     Args:
         lengths: (B,) tokens of each image.
         embed_dim: values per token D.
-        precision: one of `PRECISIONS`.
         sizes: (T,) sizes of all images' tokens, image after image; None if they are not sent.
-        chunk_tokens: tokens per chunk.
-
-    Returns:
-        (B,) int64 bytes, on the device of ``lengths``.
+        precision, chunk_tokens: as of `encode`.
 
     Raises:
         ValueError: unknown precision, bad chunk length, or T is not the sum of the lengths.
@@ -142,16 +133,31 @@ def encode(
             raise ValueError(f"the size of token {bad[0].item()} is not a whole number of at least 1")
         counts = whole.tolist()
 
-    starts = range(0, n, chunk_tokens)
-    sections = [_varints(counts[i : i + chunk_tokens]) for i in starts]
     header = MAGIC + bytes([VERSION, (sizes is not None) | PRECISIONS.index(precision) << 1])
     header += _varints([n, dim, chunk_tokens])
+    sections = [_varints(counts[start : start + chunk_tokens]) for start in range(0, n, chunk_tokens)]
     header += _varints([len(section) for section in sections]) if sizes is not None else b""
     parts = [header, _crc(header)]
-    for index, start in enumerate(starts):
-        body = sections[index] + _pack(values[start : start + chunk_tokens], precision)
+    for index, (section, chunk) in enumerate(zip(sections, values.split(chunk_tokens), strict=False)):
+        body = section + _pack(chunk, precision)
         parts += [body, _crc(body, index)]
     return b"".join(parts)
+
+
+def encode_images(
+    tokens: Tensor, counts: Sequence[int], sizes: Tensor | None = None, precision: str = "float16",
+    chunk_tokens: int = CHUNK_TOKENS, order: Tensor | None = None,
+) -> list[bytes]:  # fmt: skip
+    """Many images' tokens as bytes, a payload each.
+
+    Tokens are (T, D), sizes (T,), image after image, counts (B,) tokens of each; ``order`` is the (T,) order of travel,
+    within each image, None for the order they are in. The rest as of `encode`.
+    """
+    if order is not None:
+        tokens, sizes = tokens[order], None if sizes is None else sizes[order]
+    rows = tokens.split(list(counts))
+    parts = [None] * len(rows) if sizes is None else sizes.split(list(counts))
+    return [encode(x, own, precision, chunk_tokens) for x, own in zip(rows, parts, strict=True)]
 
 
 def decode(payload: bytes, max_values: int = 2**22) -> Payload:
@@ -202,24 +208,14 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
 
 
 def quantise(values: Tensor, precision: str) -> Tensor:
-    """What the values are after `encode` and `decode`, without making the bytes.
-
-    Args:
-        values: (T, D) finite float32, tokens of any number of images.
-        precision: one of `PRECISIONS`.
-
-    Returns:
-        (T, D) float32, on the device of ``values``.
+    """What finite float32 values (T, D) are after `encode` and `decode`, on their device, without making the bytes.
 
     >>> quantise(torch.tensor([[1.0, 0.3]]), "int4")
     tensor([[1.0006, 0.2859]])
     """
-    _check(precision, CHUNK_TOKENS)
-    if precision not in _LEVELS:
-        dtype: torch.dtype = getattr(torch, precision)
-        return _saturate(values, dtype).float()
-    step, q = _steps(values, _LEVELS[precision])
-    return q * step.float()
+    _check(precision)
+    step, q = _rounded(values, precision)
+    return q.float() if step is None else q * step.float()
 
 
 def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, int]:
@@ -268,7 +264,7 @@ def _varint_bytes(values: Tensor) -> Tensor:
     return 1 + (values[:, None] >= limits).sum(1)
 
 
-def _check(precision: str, chunk_tokens: int) -> None:
+def _check(precision: str, chunk_tokens: int = CHUNK_TOKENS) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     if not 1 <= chunk_tokens < 2**63:
@@ -283,24 +279,12 @@ def _crc(data: bytes, start: int = 0) -> bytes:
     return zlib.crc32(data, start).to_bytes(4, "little")
 
 
-def _pack(values: Tensor, precision: str) -> bytes:
-    """Steps and values of a chunk (n, D) float32; n and D are at least 1."""
+def _rounded(values: Tensor, precision: str) -> tuple[Tensor | None, Tensor]:
+    """Each token's (T, 1) float16 step and its (T, D) int8 multiples of it; without steps, values of 16 or 32 bits."""
     if precision not in _LEVELS:
-        return _saturate(values, getattr(torch, precision)).view(torch.uint8).numpy().tobytes()
-    step, q = _steps(values, _LEVELS[precision])
-    if precision == "int4":
-        halves = torch.nn.functional.pad((q + 8).to(torch.uint8), (0, q.shape[1] % 2))
-        q = halves[:, 0::2] | halves[:, 1::2] << 4
-    return step.numpy().tobytes() + q.numpy().tobytes()
-
-
-def _saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
-    top = torch.finfo(dtype).max
-    return values.clamp(-top, top).to(dtype)
-
-
-def _steps(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Each token's (T, 1) float16 step, and its (T, D) int8 multiples of it."""
+        dtype: torch.dtype = getattr(torch, precision)
+        return None, values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    levels = _LEVELS[precision]
     exact = (values.abs().amax(1, keepdim=True) / levels).clamp(max=torch.finfo(torch.float16).max)
     step = exact.half()
     # Rounded up, to the next bit pattern: a step rounded down clips, badly so among float16's subnormals.
@@ -308,7 +292,19 @@ def _steps(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return step, (values / torch.where(step > 0, step.float(), 1.0)).round().clamp(-levels, levels).to(torch.int8)
 
 
+def _pack(values: Tensor, precision: str) -> bytes:
+    """Steps and values of a chunk (n, D) float32; n and D are at least 1."""
+    step, q = _rounded(values, precision)
+    if step is None:
+        return q.view(torch.uint8).numpy().tobytes()
+    if precision == "int4":
+        halves = torch.nn.functional.pad((q + 8).to(torch.uint8), (0, q.shape[1] % 2))
+        q = halves[:, 0::2] | halves[:, 1::2] << 4
+    return step.numpy().tobytes() + q.numpy().tobytes()
+
+
 def _unpack(data: bytes, n: int, dim: int, precision: str) -> Tensor:
+    """What `_pack` packed."""
     raw = bytearray(data)
     if precision not in _LEVELS:
         return torch.frombuffer(raw, dtype=getattr(torch, precision)).view(n, dim).float()

@@ -3,13 +3,12 @@
 import os
 import shutil
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 import pytest
-from tokmerge import paths
+from tokmerge.io import paths
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ROOT = paths.root()
-SITE = ROOT / "results" / "report"
 
 
 def chromium():
@@ -24,8 +23,8 @@ def pytest_sessionstart(session):
         missing.append("the Python package playwright: `make setup`")
     if chromium() is None:
         missing.append(f"a browser (one of {', '.join(NAMES)}, or its path in $CHROMIUM): `apt-get install chromium`")
-    if not (SITE / "index.html").is_file():
-        missing.append("the report: `make report`")
+    if not (paths.root() / "results" / "site" / "index.html").is_file():
+        missing.append("the site: `make site`")
     if missing:
         pytest.exit("browser tests need " + "; and ".join(missing), returncode=1)
 
@@ -54,5 +53,7 @@ def page(browser, errors, request):
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", lambda request: errors.append(f"failed: {request.url}"))
+    outside = lambda url: urlsplit(url).netloc and urlsplit(url).hostname != "127.0.0.1"  # noqa: E731
+    page.on("request", lambda request: errors.append(f"outside: {request.url}") if outside(request.url) else None)
     yield page
     context.close()

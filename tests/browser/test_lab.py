@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from tokmerge.io import paths
 
+ROOT = paths.root()
 TOUR = ROOT / "notebooks" / "00_tour.ipynb"
 STARTED = re.compile(r"http://127\.0\.0\.1:(\d+)/lab")
 

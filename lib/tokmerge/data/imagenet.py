@@ -1,0 +1,70 @@
+"""ImageNet, or any images of one's own: a folder per class, or a data set of the hub."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokmerge.data.hub import open_hub
+from tokmerge.data.image_sets import DataError, Example, ImageSet, open_rgb
+
+IMAGENET_HUB = "ILSVRC/imagenet-1k"
+
+
+def image_folder(path: str | Path, split: str = "val") -> ImageSet:
+    """A folder with one folder of images per class (ImageNet's val layout: `n01440764/*.JPEG`).
+
+    Classes are the sorted folder names, the order is by class and file name, an id is the path below
+    ``path``. Images come as RGB.
+
+    Raises:
+        DataError: no such folder, a class without images, or (while reading) an unreadable image.
+    """
+    from torchvision.datasets import ImageFolder
+
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"image folder {root} is not a folder")
+    try:
+        listing = ImageFolder(str(root))
+    except FileNotFoundError as error:
+        raise DataError(f"image folder {root}: one folder of images per class is needed ({error})") from error
+    ids = [Path(file).relative_to(root).as_posix() for file, _ in listing.samples]
+
+    def at(position: int) -> Example:
+        file, label = listing.samples[position]
+        return Example(ids[position], open_rgb(file, file), label)
+
+    title = f"ImageFolder {root.absolute().name}"
+    return ImageSet(title, split, tuple(listing.classes), ids, np.array(listing.targets), at=at)
+
+
+def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSet:
+    """ImageNet-1k streamed from the hub, or any data set with columns image and label (or a local folder of parquet).
+
+    Raises:
+        DataError: no access, no such data, a wrong schema, or (while reading) an unreadable image.
+    """
+    remedy = (
+        "ImageNet needs its licence accepted at huggingface.co/datasets/ILSVRC/imagenet-1k and a token "
+        "(`hf auth login` or HF_TOKEN); without network give a local folder as path."
+    )
+
+    def check(features: dict[str, Any]) -> None:
+        if "image" not in features or not hasattr(features.get("label"), "names"):
+            raise DataError(
+                f"data set {name}: columns image and label (a ClassLabel) are needed, it has {list(features)}"
+            )
+
+    features, light, rows = open_hub(name, split, ["label"], check, remedy)
+    labels = np.array([row["label"] for row in light])
+    ids = [f"{split}-{index:08d}" for index in range(len(labels))]
+
+    def stream(start: int) -> Iterator[Example]:
+        for identifier, row in zip(ids[start:], rows(start), strict=True):
+            yield Example(identifier, open_rgb(io.BytesIO(row["image"]["bytes"]), identifier), int(row["label"]))
+
+    title = "ImageNet-1k" if name == IMAGENET_HUB else f"hub data {Path(name).name}"
+    return ImageSet(title, split, tuple(features["label"].names), ids, labels, stream)

@@ -1,0 +1,154 @@
+"""What a configuration costs and loses: in one number each for a search, and image by image in shards.
+
+A search measures on the same images as the unmerged model and relative to it, image by image: most of the noise of
+drawing those images cancels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pandas as pd
+from torch import nn
+from torch.nn import functional as F
+
+from tokmerge import wire
+from tokmerge.data import image_sets
+from tokmerge.data.image_sets import Batch, ImageSet
+from tokmerge.evaluation import classification
+from tokmerge.evaluation.classification import Outcome
+from tokmerge.evaluation.inputs import open_inputs
+from tokmerge.evaluation.workers import Shard
+from tokmerge.models import zoo
+from tokmerge.models.configuration import Configuration
+from tokmerge.models.vit import patch
+
+# What may stand on the accuracy axis; each is 0 for the unmerged model and grows as merging does harm.
+AXES = ("kl", "root_kl", "loss_rise", "top1_drop")
+COSTS = ("macs_ratio", "bytes_ratio")
+
+
+@dataclass
+class Objective:
+    """Evaluates configurations of one model on one set of images; the same configuration only once.
+
+    Args:
+        model: timm VisionTransformer.
+        images: the pre-processed search images, two at least.
+        batch_size: images per forward pass.
+    """
+
+    model: nn.Module
+    images: Batch
+    batch_size: int = 32
+    _measured: dict[Configuration, dict[str, float]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.images.ids) < 2:
+            raise ValueError(f"cannot measure on {len(self.images.ids)} images: a standard error needs two")
+
+    def __call__(self, configuration: Configuration) -> dict[str, float]:
+        """Measure a configuration.
+
+        Returns:
+            Means over the images and their standard errors (``<name>_sem``): top1 and loss; kl, the divergence
+            KL(unmerged || merged) of the predicted distributions, and its root; loss_rise and top1_drop against the
+            unmerged model; macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged at float16; n_images.
+        """
+        if configuration not in self._measured:
+            self._measured[configuration] = compare_outcomes(self._run(configuration), self.unmerged)
+        return dict(self._measured[configuration])
+
+    @cached_property
+    def unmerged(self) -> Outcome:
+        """What the unmerged model does with the images."""
+        return self._run(Configuration(None))
+
+    @property
+    def about(self) -> dict[str, float]:
+        """What measurements depend on: the number of images, and what the unmerged model does with them."""
+        unmerged = self.unmerged.summary()
+        return {"n_images": unmerged["n_images"], "loss": round(unmerged["loss"], 5), "macs": unmerged["macs"]}
+
+    def batches(self, n_images: int | None = None) -> Iterable[Batch]:
+        """The first n images (all by default), a forward pass at a time."""
+        first = next(iter(image_sets.split_batch(self.images, n_images or len(self.images.ids))))
+        return image_sets.split_batch(first, self.batch_size)
+
+    def _run(self, configuration: Configuration) -> Outcome:
+        return evaluate_configuration(self.model, configuration, self.batches())
+
+
+def evaluate_configuration(model: nn.Module, configuration: Configuration, batches: Iterable[Batch]) -> Outcome:
+    """What a model does under a configuration; the server works on values of the precision that was sent.
+
+    At 16 bits and more it works on the device's own: rounding changes the scores by less than one in a thousand.
+    """
+    precision = configuration.precision
+    merged = patch(model, configuration.policy, precision=precision, split_layer=configuration.split_layer)
+    if precision not in ("int8", "int4"):
+        return classification.evaluate(merged, batches)
+    return classification.evaluate(merged, batches, through=lambda sent: sent.with_x(wire.quantise(sent.x, precision)))
+
+
+def compare_outcomes(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
+    """Means and standard errors of a merged model's outcome against the unmerged model's, image by image."""
+    log_p, log_q = unmerged.logits.double().log_softmax(1), merged.logits.double().log_softmax(1)
+    hit = (merged.logits.argmax(1) == merged.labels).double()
+    loss = F.cross_entropy(merged.logits.double(), merged.labels, reduction="none")
+    columns = {
+        "top1": hit,
+        "loss": loss,
+        "kl": (log_p.exp() * (log_p - log_q)).sum(1),
+        "loss_rise": loss - F.cross_entropy(unmerged.logits.double(), merged.labels, reduction="none"),
+        "top1_drop": (unmerged.logits.argmax(1) == merged.labels).double() - hit,
+        "macs_ratio": merged.macs / unmerged.macs.double(),
+        "tokens_ratio": merged.tokens[:, -1] / unmerged.tokens[:, -1].double(),
+        "bytes_ratio": merged.payload_bytes / unmerged.payload_bytes.double(),
+    }
+    measured = {"n_images": float(len(hit))}
+    for name, values in columns.items():
+        measured |= {name: values.mean().item(), f"{name}_sem": (values.std() / len(values) ** 0.5).item()}
+    return measured | root_of(measured["kl"], measured["kl_sem"])
+
+
+def root_of(kl: float, sem: float) -> dict[str, float]:
+    """The root of a mean divergence and its standard error, from those of the divergence.
+
+    >>> root_of(0.25, 0.125), root_of(0.0, 0.25)
+    ({'root_kl': 0.5, 'root_kl_sem': 0.125}, {'root_kl': 0.0, 'root_kl_sem': 0.5})
+    """
+    # Rounding can leave the divergence of nearly equal distributions a hair below zero.
+    root = max(kl, 0.0) ** 0.5
+    # To first order; near zero, where that breaks down, the root of the mean's own error.
+    return {"root_kl": root, "root_kl_sem": min(sem / (2 * root), sem**0.5) if root else sem**0.5}
+
+
+def load_objective(inputs_dir: str, n_images: int, batch_size: int = 32, skip: int = 0) -> Objective:
+    """The objective on images of the search split, as `Inputs.images` gives them; for workers, of plain values."""
+    inputs = open_inputs(inputs_dir)
+    return Objective(inputs.model, inputs.batch("search", n_images, skip), batch_size)
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """Evaluates shards of one set of images with one timm VisionTransformer, so many images per forward pass."""
+
+    model: nn.Module
+    images: ImageSet
+    batch_size: int = 32
+
+    def __call__(self, shard: Shard) -> pd.DataFrame:
+        """One row per image: `Outcome.frame`'s, tokens_sent, and tokens entering each block and after the last."""
+        part = image_sets.subset(self.images, range(shard.start, shard.stop))
+        batches = image_sets.batches(part, zoo.transform(self.model), self.batch_size)
+        outcome = evaluate_configuration(self.model, shard.configuration, batches)
+        return outcome.frame().rename(columns={"tokens": "tokens_sent"}).assign(tokens=outcome.tokens.tolist())
+
+
+def load_image_evaluation(
+    inputs_dir: str, batch_size: int = 32, n_images: int | None = None, split: str = "test", skip: int = 0
+) -> ImageEvaluation:
+    """The evaluation of a split, as `inputs.Inputs.images` gives it; for workers, of plain values."""
+    inputs = open_inputs(inputs_dir)
+    return ImageEvaluation(inputs.model, inputs.images(split, n_images, skip), batch_size)

@@ -1,0 +1,252 @@
+"""LLaVAs and questions: the shipped pairs, or any model with VQAv2; answered in shards, or measured for a search.
+
+A search measures the official accuracy, compute and bytes, relative to the unmerged model on the same questions,
+question by question, as `tokmerge.evaluation.objective` does, whose names the measurements have.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokmerge.data import questions, scenes
+from tokmerge.data.easy_vqa import load_easy_vqa
+from tokmerge.data.image_sets import DataError
+from tokmerge.data.questions import Question, QuestionSet
+from tokmerge.data.registry import load_questions
+from tokmerge.evaluation import image_codecs, vqa
+from tokmerge.evaluation.objective import root_of
+from tokmerge.evaluation.vqa import QuestionBatch
+from tokmerge.evaluation.workers import Shard
+from tokmerge.merging.calibration import Calibration
+from tokmerge.merging.matching import Policy
+from tokmerge.models import llava, tiny_llava
+from tokmerge.models.configuration import Configuration
+from tokmerge.models.llava import MergedLlava, patch_llava
+
+
+@dataclass
+class QuestionObjective:
+    """A LLaVA and questions to put to it: call it with a configuration to get its loss and its price.
+
+    Attributes:
+        model, processor: transformers' LlavaForConditionalGeneration and LlavaProcessor.
+        questions: the questions, those about one image side by side.
+        template, batch_size, max_new_tokens: as of `tokmerge.evaluation.vqa.answer_questions`.
+    """
+
+    model: Any
+    processor: Any
+    questions: QuestionSet
+    template: str = vqa.LLAVA_TEMPLATE
+    batch_size: int = 256
+    max_new_tokens: int = 4
+    _measured: dict[Configuration, dict[str, float]] = field(default_factory=dict)
+
+    def __call__(self, configuration: Configuration) -> dict[str, float]:
+        """Means over the questions and their standard errors (``<name>_sem``).
+
+        Returns:
+            accuracy; top1_drop, what it lost against the unmerged model; kl, the divergence KL(unmerged || merged) of
+            the first answer token, and its root; macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged;
+            n_questions.
+        """
+        if configuration not in self._measured:
+            merged = patch_llava(self.model, configuration)
+            self._measured[configuration] = compare_answers(self.run(merged), self.unmerged)
+        return dict(self._measured[configuration])
+
+    @cached_property
+    def batches(self) -> list[QuestionBatch]:
+        """The questions as the model takes them."""
+        return list(vqa.question_batches(self.processor, self.questions, self.template, self.batch_size))
+
+    @cached_property
+    def unmerged(self) -> tuple[pd.DataFrame, Tensor]:
+        """What the unmerged model does, as `run` gives it."""
+        return self.run(llava.patch(self.model, None))
+
+    @property
+    def about(self) -> dict[str, float]:
+        """What measurements depend on: the number of questions, and what the unmerged model does with them."""
+        summary = vqa.summarise_answers(self.unmerged[0])
+        return {name: summary[name] for name in ("n_questions", "accuracy", "macs")}
+
+    @torch.inference_mode()
+    def run(self, merged: MergedLlava) -> tuple[pd.DataFrame, Tensor]:
+        """A row per question, as `vqa.answer_questions` gives them; log-probabilities of the first answer token."""
+        tables, first = [], []
+        for table, record in vqa.answer_batches(merged, self.processor, self.batches, self.max_new_tokens):
+            assert record.scores is not None
+            first.append(record.scores.double().log_softmax(1).cpu())
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True), torch.cat(first)
+
+    def calibrate(self, n_questions: int | None = None, output: bool = False) -> Calibration:
+        """The similarities that each layer of the tower sees in the images of the first questions (all by default).
+
+        Args:
+            n_questions: how many, in whole batches.
+            output: of the projector's output instead.
+        """
+        n_batches = None if n_questions is None else max(1, n_questions // self.batch_size)
+
+        @torch.inference_mode()
+        def run(observer: Policy) -> None:
+            tower, projector = (None, observer) if output else (observer, None)
+            merged = llava.patch(self.model, tower, output_policy=projector)
+            for batch in islice(self.batches, n_batches):
+                merged.encode_images(batch.pixels.to(next(merged.parameters()).device))
+
+        return Calibration.of(run)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the tower that are run."""
+        return llava.patch(self.model, None).tower.depth
+
+
+def compare_answers(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.DataFrame, Tensor]) -> dict[str, float]:
+    """Means and standard errors of what a merged model did against the unmerged one, question by question."""
+    (table, log_q), (base, log_p) = merged, unmerged
+    columns = {
+        "accuracy": table.accuracy,
+        "top1_drop": base.accuracy - table.accuracy,
+        "kl": pd.Series((log_p.exp() * (log_p - log_q)).sum(1).numpy()),
+        "macs_ratio": table.macs / base.macs,
+        "tokens_ratio": table.tokens / base.tokens,
+        "bytes_ratio": table.payload_bytes / base.payload_bytes,
+    }
+    measured = {"n_questions": float(len(table))}
+    for name, values in columns.items():
+        measured |= {name: float(values.mean()), f"{name}_sem": float(values.sem())}
+    return measured | root_of(measured["kl"], measured["kl_sem"])
+
+
+def select_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionSet:
+    """The questions about so many images, the first ones that are not skipped."""
+    wanted = set(list(dict.fromkeys(question.image_id for question in asked.questions))[skip : skip + n_images])
+    return questions.select_questions(asked, [i for i, q in enumerate(asked.questions) if q.image_id in wanted])
+
+
+def task_splits(name: str, n_search: int, n_test: int, **where: Any) -> tuple[QuestionSet, QuestionSet]:
+    """The search and the test questions that belong to a shipped model; its training saw images of neither.
+
+    Args:
+        name: of the model, one of `tokmerge.models.tiny_llava.TINY_LLAVAS`.
+        n_search, n_test: images of either split.
+        **where: source and data_dir of the photos.
+
+    Raises:
+        ValueError: more search images than the training held back.
+    """
+    made = tiny_llava.llava_card(name)["params"]
+    if n_search > made["n_search"]:
+        raise ValueError(f"n_search is {n_search}, but the training of {name} held {made['n_search']} images back")
+    if name == "easy-vqa-llava":
+        everything = load_easy_vqa("train")
+        held_back, _ = questions.split_questions(everything, made["n_search"], made["seed"])
+        search, test = questions.select_questions(everything, held_back), load_easy_vqa("test")
+        return select_images(search, n_search), select_images(test, n_test)
+    made_search = scenes.load_scenes("search", n_search, seed=made["seed"], **where)
+    return made_search.questions, scenes.load_scenes("test", n_test, seed=made["seed"], **where).questions
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of what; called with a shard of the test questions it gives a row per question.
+
+    Attributes:
+        name: of the model.
+        model, processor: transformers' LlavaForConditionalGeneration, ready to evaluate, and LlavaProcessor.
+        search: questions to choose thresholds on.
+        test: questions to report on; no image is on both sides.
+        options: of `vqa.answer_questions`, the model's prompt among them.
+        photos: how many photos each test image is made of, where that is known.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    search: QuestionSet
+    test: QuestionSet
+    options: Mapping[str, Any]
+    photos: Mapping[str, int] = field(default_factory=dict)
+
+    def answer(self, configuration: Configuration, asked: QuestionSet) -> pd.DataFrame:
+        """The model's answers under a configuration."""
+        return vqa.answer_questions(patch_llava(self.model, configuration), self.processor, asked, **self.options)
+
+    def __call__(self, shard: Shard) -> pd.DataFrame:
+        asked = questions.select_questions(self.test, range(shard.start, shard.stop))
+        return self.answer(shard.configuration, asked)
+
+
+def load_task(
+    name: str, n_search: int, n_test: int | None, *, source: str | None = None, path: str | None = None,
+    split: str = "val2014", dtype: str = "auto", seed: int = 0, photos: str = "fashion-mnist",
+    data_dir: str | Path = "data", **options: Any,
+) -> Task:  # fmt: skip
+    """A task by the name of its model; for workers, of plain values.
+
+    Args:
+        name: a shipped model, one of `tiny_llava.TINY_LLAVAS`, which brings its own questions; else a local folder or
+            a hub name.
+        n_search: images of the search split.
+        n_test: test images; None for all (a shipped model's test split has 1,000).
+        source, path: questions of a model that does not ship, "vqav2" or "vqav2-hub", and where they lie.
+        split, seed: of those; the search images are drawn from it and are no test images.
+        dtype: of such a model's weights.
+        photos, data_dir: what scenes are made of, "fashion-mnist" or "sample", and where a fetched copy is kept.
+        **options: of `vqa.answer_questions`.
+
+    Raises:
+        DataError: no questions are named, or they cannot be had.
+        ValueError: there is no such model.
+    """
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    if name in tiny_llava.TINY_LLAVAS:
+        where: dict[str, Any] = {} if name == "easy-vqa-llava" else {"source": photos, "data_dir": data_dir}
+        search, test = task_splits(name, n_search, n_test or 1000, **where)
+        counts: dict[str, int] = {}
+        if where:
+            made_with = tiny_llava.llava_card(name)["params"]
+            made = scenes.load_scenes("test", n_test or 1000, seed=made_with["seed"], **where)
+            names = dict.fromkeys(question.image_id for question in test.questions)
+            counts = dict(zip(names, made.counts.tolist(), strict=True))
+        model, processor = tiny_llava.load_tiny_llava(name)
+        options["template"] = tiny_llava.TINY_TEMPLATE
+        return Task(name, model.to(device), processor, search, test, options, counts)
+    if source is None:
+        raise DataError(f"{name} brings no questions: name a source, such as vqav2 with a path")
+    everything = load_questions(source, split, path=path, data_dir=data_dir)
+    search, test = (
+        questions.select_questions(everything, part) for part in questions.split_questions(everything, n_search, seed)
+    )
+    model, processor = llava.load_llava(name, device, dtype)
+    if n_test is not None:
+        test = select_images(test, n_test)
+    return Task(Path(name).name, model, processor, search, test, {"template": vqa.LLAVA_TEMPLATE, **options})
+
+
+def compressed(asked: QuestionSet, format: str, quality: int) -> tuple[QuestionSet, dict[str, int]]:
+    """The questions about images that have been through a codec, and each image's bytes once it has been looked at."""
+    sizes: dict[str, int] = {}
+
+    def stream(start: int) -> Iterator[tuple[Question, Image.Image]]:
+        seen: tuple[str, Image.Image] | None = None
+        for question, image in asked.pairs(start):
+            if seen is None or seen[0] != question.image_id:
+                payload = image_codecs.compress(image, format, quality)
+                sizes[question.image_id] = len(payload)
+                seen = question.image_id, image_codecs.decompress(payload)
+            yield question, seen[1]
+
+    return replace(asked, stream=stream, image=None), sizes

@@ -1,0 +1,40 @@
+"""Where things are: the repository's folders, and a clear word when an input is missing.
+
+Notebooks run from their own folder (JupyterLab, nbval) or from anywhere (papermill), so every path
+is resolved against the repository root, found by walking up from the working directory.
+"""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def root(start: Path | None = None) -> Path:
+    """The repository root: the nearest folder at or above ``start`` (here) that holds both dvc.yaml and notebooks.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    raise FileNotFoundError(f"{here} is in no clone of the repository: change into one and run again")
+
+
+def resolve(path: str | Path) -> Path:
+    """``path`` as it is when absolute, else below the repository root."""
+    path = Path(path)
+    return path if path.is_absolute() else root() / path
+
+
+def need(path: str | Path, made_by: str) -> Path:
+    """The resolved path of an input that must exist.
+
+    Raises:
+        FileNotFoundError: it is missing; the message names ``made_by``, the notebook to run first.
+    """
+    found = resolve(path)
+    if not found.exists():
+        raise FileNotFoundError(f"missing input {path}: run notebooks/{made_by}.ipynb first (or `dvc repro`)")
+    return found

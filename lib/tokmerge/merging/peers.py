@@ -1,0 +1,230 @@
+"""Methods of other papers, written anew on this engine, and random floors.
+
+Where a method has an r, it is the number of tokens removed at every block, or a sequence with one number per block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokmerge.merging.matching import Context, Merges, match
+from tokmerge.merging.policies import FixedR, LayerPolicy, TopR, at, largest, moments, per_layer
+
+
+@dataclass(frozen=True)
+class OutlierMerging(LayerPolicy):
+    """Keep tokens whose class attention is above Q3 + spread (Q3 - Q1) of their image; the most attended one always.
+
+    Every other token merges into the kept one with the most similar key, averaged by class attention. PruMerge's idea
+    (Shang et al., 2403.15388; VisionZip, 2412.04467, fixes the number), so that the number follows each image.
+
+    Args:
+        layer: where it works: the tower's last layer that is run.
+        spread: how far out an outlier is; 1.5 is the usual rule, less keeps more.
+    """
+
+    feature = "keys"
+    layer: int
+    spread: float = 1.5
+
+    def check(self, depth: int) -> None:
+        if self.layer != depth - 1:
+            raise ValueError(f"OutlierMerging: layer is {self.layer}, the last of {depth} layers is {depth - 1}")
+
+    def active(self, layer: int) -> bool:
+        return layer == self.layer
+
+    def select(self, context: Context) -> Merges:
+        layout, first = context.layout, context.protected
+        valid = layout.valid[:, first:]
+        attention = context.class_attention
+        # Quantiles are not known for 16 bits.
+        padded = layout.pad(attention)[:, first:].to(torch.promote_types(attention.dtype, torch.float32))
+        padded = padded.masked_fill(~valid, float("nan"))
+        q1, q3 = padded.nanquantile(torch.tensor([0.25, 0.75], device=padded.device, dtype=padded.dtype), 1)
+        # At most the largest value, so that one always stays.
+        bar = (q3 + self.spread * (q3 - q1)).minimum(padded.nan_to_num(-1.0).amax(1))
+        stay = padded >= bar[:, None]
+        metric = context.padded_metric[:, first:]
+        scores = (metric @ metric.transpose(1, 2)).masked_fill(~stay[:, None, :], float("-inf"))
+        rows = layout.offsets[:, None] + first + torch.arange(valid.shape[1], device=valid.device)
+        go = valid & ~stay
+        dst = rows.gather(1, scores.argmax(2))
+        return Merges(rows[go], dst[go], go.sum(1), weights=attention.clamp_min(1e-12))
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        # Which stay is known only afterwards: as if each were compared with every other.
+        return n * n * d
+
+
+@dataclass(frozen=True)
+class ToFu(TopR):
+    """ToMe's pairs, but a merged token keeps the largest norm among those it was made of (Kim et al., 2312.01026)."""
+
+    def select(self, context: Context) -> Merges:
+        return super().select(context)._replace(keep_norm=True)
+
+
+@dataclass(frozen=True)
+class AdaMerge(FixedR):
+    """As many merges as the image's redundancy asks for, away from salient tokens (2605.27465, in our reading).
+
+    r_l = floor(r sigmoid(alpha z_l)), z_l the z-score of the image's mean best-match similarity against the layer's
+    statistics. A token's salience is the class token's attention to it over the largest of its image. Pairs with the
+    highest similarity x (1 - salience of a) merge, averaged with weight size x salience.
+
+    Args:
+        r: most tokens removed.
+        means: mean over images of their mean best-match similarity, one per block
+            (`tokmerge.evaluation.calibrate.similarity_statistics`).
+        deviations: its standard deviation, one per block.
+        alpha: how strongly r follows the z-score.
+    """
+
+    means: Sequence[float] = per_layer(Real, "means")
+    deviations: Sequence[float] = per_layer(Real, "deviations")
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.deviations, tuple) or not all(value > 0 for value in self.deviations):
+            raise ValueError(f"AdaMerge: deviations are {self.deviations}: one positive number per block is needed")
+
+    def select(self, context: Context) -> Merges:
+        matches, layer = match(context), context.layer
+        similarity = matches.similarity
+        z = (moments(similarity)[0] - self.means[layer]) / self.deviations[layer]
+        r = (at(self.r, layer) * (self.alpha * z).sigmoid()).floor().long()
+        attention = context.class_attention
+        padded = context.layout.pad(attention).masked_fill(~context.layout.valid, 0.0)
+        peak = padded[:, context.protected :].amax(1)[context.layout.image]
+        # The class token and its like never merge; what they are worth does not matter.
+        salience = (attention / peak).clamp(1e-6, 1.0)
+        # Places beyond an image's end hold any token: their similarity keeps them out.
+        salience_a = salience.take(matches.src.clamp(max=len(salience) - 1))
+        merges = matches.merges(largest(similarity * (1 - salience_a), r))
+        sizes = salience.new_ones(len(salience)) if context.sizes is None else context.sizes
+        return merges._replace(weights=sizes * salience)
+
+
+@dataclass(frozen=True)
+class UnmatchedFixedR(FixedR):
+    """What policies that compare no tokens share."""
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return torch.zeros_like(n)
+
+
+@dataclass(frozen=True)
+class AttentionPruning(UnmatchedFixedR):
+    """The tokens that the class token attends to least fuse into one (EViT, Liang et al., 2202.07800).
+
+    The fused token is the attention-weighted mean of r + 1 tokens and stands where the most attended of them stood.
+    """
+
+    def select(self, context: Context) -> Merges:
+        rows, r, used = _lowest(context, int(at(self.r, context.layer)))
+        # Where an image has no token left to fuse, nothing is used.
+        last = rows.gather(1, r.clamp(max=rows.shape[1] - 1)[:, None]).expand_as(rows)
+        weights = context.class_attention.clamp_min(1e-12)
+        return Merges(rows[used], last[used], r, weights=weights)
+
+
+@dataclass(frozen=True)
+class StaticRates(LayerPolicy):
+    """Prune, then merge, in numbers fixed for all images (DiffRate, Chen et al., 2305.17997, without its training).
+
+    At every block the tokens that the class token attends to least are dropped, and the next least attended merge,
+    each into its most similar one among those that stay. One always stays.
+
+    Args:
+        prune, merge: tokens dropped and merged at every block, or one number per block.
+    """
+
+    feature = "keys"
+    prune: int | Sequence[int] = per_layer(Integral, "prune values")
+    merge: int | Sequence[int] = per_layer(Integral, "merge values")
+
+    def active(self, layer: int) -> bool:
+        return at(self.prune, layer) + at(self.merge, layer) > 0
+
+    def select(self, context: Context) -> Merges:
+        layer, first = context.layer, context.protected
+        prune, merge = int(at(self.prune, layer)), int(at(self.merge, layer))
+        rows, lost, going = _lowest(context, prune + merge)
+        place = torch.arange(rows.shape[1], device=rows.device)
+        dropped, merging = going & (place < prune), going & (place >= prune)
+        src = rows[:, prune : prune + merge]
+        if src.shape[1] == 0:
+            return Merges(rows[merging], rows[merging], lost, dropped=rows[dropped])
+        staying = context.layout.valid[:, first:].gather(1, order := rows - context.layout.offsets[:, None] - first)
+        staying = staying & ~going
+        metric = context.padded_metric[:, first:].gather(1, order[..., None].expand(-1, -1, context.metric.shape[1]))
+        scores = metric[:, prune : prune + merge] @ metric.transpose(1, 2)
+        best = scores.masked_fill(~staying[:, None, :], float("-inf")).argmax(2)
+        used = merging[:, prune : prune + merge]
+        return Merges(src[used], rows.gather(1, best)[used], lost, dropped=rows[dropped])
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        left = (n - n.new_tensor(self.prune)).clamp(min=1).minimum(n)
+        merged = torch.minimum((left - 1).clamp(min=0), n.new_tensor(self.merge))
+        return merged * (left - merged) * d
+
+
+@dataclass(frozen=True)
+class RandomMerging(UnmatchedFixedR):
+    """The floor: r tokens of set A merge into any token of set B.
+
+    The draw depends on seed, layer and the token's place only, so an image gets the same in any batch.
+    """
+
+    seed: int = 0
+
+    def select(self, context: Context) -> Merges:
+        layout, first = context.layout, context.protected
+        n = layout.lengths - first
+        n_a, n_b = n - n // 2, n // 2
+        places = torch.arange(int(n_a.max()), device=n.device)
+        score, partner = _noise(context, self.seed, len(places), 2)
+        possible = (places < n_a[:, None]) & (n_b > 0)[:, None]
+        chosen = largest(score.masked_fill(~possible, float("-inf")), int(at(self.r, context.layer)))
+        rows = layout.offsets[:, None] + first
+        b = (partner * n_b[:, None]).long()
+        return Merges((rows + 2 * places)[chosen], (rows + 2 * b + 1)[chosen], chosen.sum(1))
+
+
+@dataclass(frozen=True)
+class RandomPruning(UnmatchedFixedR):
+    """The floor of pruning: any r tokens are dropped; one always stays. Drawn as in `RandomMerging`."""
+
+    seed: int = 0
+
+    def select(self, context: Context) -> Merges:
+        (score,) = _noise(context, self.seed, context.layout.longest - context.protected, 1)
+        rows, r, used = _lowest(context, int(at(self.r, context.layer)), -score)
+        nothing = rows.new_empty(0)
+        return Merges(nothing, nothing, r, dropped=rows[used])
+
+
+def _lowest(context: Context, r: int, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that may go, from the lowest of their (B, U) scores, or of class attention, to the highest.
+
+    Gives their (B, U) packed rows; how many go, (B,), at most r and never all; which, (B, U) bool.
+    """
+    layout, first = context.layout, context.protected
+    scores = layout.pad(context.class_attention)[:, first:] if scores is None else scores
+    order = scores.masked_fill(~layout.valid[:, first:], float("inf")).argsort(dim=1, stable=True)
+    n = (layout.lengths - first - 1).clamp(min=0, max=r)
+    used = torch.arange(order.shape[1], device=n.device) < n[:, None]
+    return layout.offsets[:, None] + first + order, n, used
+
+
+def _noise(context: Context, seed: int, n: int, draws: int) -> list[Tensor]:
+    """Uniform numbers in [0, 1) of every place, (B, n) each; the same whatever n is."""
+    batch = len(context.layout.lengths)
+    streams = [np.random.default_rng((seed, context.layer, draw)).random(n) for draw in range(draws)]
+    return [torch.tensor(stream, device=context.metric.device).expand(batch, -1) for stream in streams]

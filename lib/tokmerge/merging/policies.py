@@ -1,0 +1,195 @@
+"""Policies that choose by thresholds and by numbers of tokens, and what all policies with values per layer share.
+
+A policy is a small frozen object that does what `tokmerge.merging.matching.Policy` says; attention, averaging, packing
+and cost are the engine's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokmerge.merging.matching import FEATURES, Context, Matches, Merges, bipartite_macs, match
+
+
+def per_layer(number: type, plural: str) -> Any:
+    """A field of `LayerPolicy`: one number for every layer or a sequence with one per layer; ``plural`` names many."""
+    return field(metadata={"per_layer": (number, plural)})
+
+
+def check_length(kind: str, plural: str, values: object, depth: int) -> None:
+    """Raise ValueError if there is not one value per block."""
+    if isinstance(values, tuple) and len(values) != depth:
+        raise ValueError(f"{kind}: {len(values)} {plural} for a model of {depth} blocks: give one per block")
+
+
+def at(values: object, layer: int) -> float:
+    """The value of one layer."""
+    return values[layer] if isinstance(values, tuple) else values  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """What policies with `per_layer` fields share: the checks of their values, and the cost of one bipartite match."""
+
+    # Not annotated: a field, with its place among the arguments, only where a subclass lets it be chosen.
+    feature = "tokens"
+
+    def __post_init__(self) -> None:
+        for name, (number, _) in self._per_layer().items():
+            values = getattr(self, name)
+            if isinstance(values, Sequence) and not isinstance(values, str):
+                object.__setattr__(self, name, tuple(values))
+                for layer, value in enumerate(values):
+                    self._check_value(f"{name}[{layer}]", value, number)
+            else:
+                self._check_value(name, values, number)
+        if self.feature not in FEATURES:
+            kind = type(self).__name__
+            raise ValueError(f"{kind}: unknown feature {self.feature!r}: use one of {', '.join(FEATURES)}")
+
+    def _per_layer(self) -> dict[str, tuple[type, str]]:
+        return {part.name: part.metadata["per_layer"] for part in fields(self) if "per_layer" in part.metadata}
+
+    def _check_value(self, where: str, value: Any, number: type) -> None:
+        if isinstance(value, bool) or not isinstance(value, number) or math.isnan(value):  # type: ignore[arg-type]
+            what = "an integer" if number is Integral else "a number"
+            raise TypeError(f"{type(self).__name__}: {where} is {value!r}, not {what}")
+        if number is Integral and value < 0:  # type: ignore[operator]
+            raise ValueError(f"{type(self).__name__}: {where} is {value}, but cannot be negative")
+
+    def check(self, depth: int) -> None:
+        for name, (_, plural) in self._per_layer().items():
+            check_length(type(self).__name__, plural, getattr(self, name), depth)
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return bipartite_macs(n, d)
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy(LayerPolicy):
+    """What policies with a cosine threshold share."""
+
+    thresholds: float | Sequence[float] = per_layer(Real, "thresholds")
+
+    def active(self, layer: int) -> bool:
+        return at(self.thresholds, layer) < 1.0
+
+
+@dataclass(frozen=True)
+class Threshold(ThresholdPolicy):
+    """Token a merges into its best match b where their cosine similarity exceeds the layer's threshold.
+
+    Adaptive: every image keeps as many tokens as it needs. A threshold of 1 or more switches its layer off.
+
+    Args:
+        thresholds: one cosine threshold for every block, or a sequence with one per block.
+        feature: what similarity is measured on: ``"tokens"`` or ``"keys"``.
+
+    Raises:
+        TypeError: a threshold is not a number.
+        ValueError: there is no such feature.
+
+    >>> Threshold([0.9, 1.0]).active(1)
+    False
+    """
+
+    feature: str = "tokens"
+
+    def select(self, context: Context) -> Merges:
+        matches = match(context)
+        return matches.merges(matches.similarity > at(self.thresholds, context.layer))
+
+
+@dataclass(frozen=True)
+class FixedR(LayerPolicy):
+    """What policies that remove the same number of tokens from every image share."""
+
+    # Peers match keys, as their papers say.
+    feature = "keys"
+    r: int | Sequence[int] = per_layer(Integral, "r values")
+
+    def active(self, layer: int) -> bool:
+        return at(self.r, layer) > 0
+
+
+@dataclass(frozen=True)
+class TopR(FixedR):
+    """The r most similar pairs merge, the same number in every image (ToMe, Bolya et al., 2210.09461).
+
+    Args:
+        r: tokens removed at every block, or a sequence with one number per block. Where fewer can merge, all do.
+        feature: what similarity is measured on; the method's own is the keys.
+
+    >>> TopR([8, 0]).active(1)
+    False
+    """
+
+    feature: str = "keys"
+
+    def select(self, context: Context) -> Merges:
+        matches = match(context)
+        return matches.merges(largest(matches.similarity, int(at(self.r, context.layer))))
+
+
+def largest(values: Tensor, r: int | Tensor) -> Tensor:
+    """(B, A) bool: the r largest finite values of each row; of equal values the first. r: one for all, or (B, 1)."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    if isinstance(r, int):
+        return chosen.scatter_(1, order[:, :r], True) & values.isfinite()
+    return chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < r) & values.isfinite()
+
+
+def moments(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each row's finite values, (B, 1) each; 0 for a row without any."""
+    finite = similarity.isfinite()
+    count = finite.sum(1, keepdim=True).clamp(min=1)
+    values = similarity.masked_fill(~finite, 0.0)
+    mean = values.sum(1, keepdim=True) / count
+    variance = ((values - mean).square() * finite).sum(1, keepdim=True) / count
+    return mean, variance.sqrt()
+
+
+@dataclass(frozen=True)
+class PiToMe(FixedR):
+    """Energy-based merging (Tran et al., 2405.16148): only tokens amid many similar ones may merge.
+
+    The energy of token i is mean_j ELU(cos(m_i, m_j) - margin), margin = 0.75 (1 - l / L), over the other
+    unprotected tokens j of its image. The 2r tokens of highest energy are candidates; in order of energy they
+    alternate between A and B, and each a merges into its most similar b.
+
+    Args:
+        r: tokens removed at every block, or one number per block; at most half of the unprotected tokens an image has.
+    """
+
+    def select(self, context: Context) -> Merges:
+        layout, first = context.layout, context.protected
+        metric, valid = context.padded_metric[:, first:], layout.valid[:, first:]
+        n = valid.sum(1)
+        scores = metric @ metric.transpose(1, 2)
+        margin = 0.75 * (1 - context.layer / context.depth)
+        pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=n.device)
+        energy = (F.elu(scores - margin) * pairs).sum(2) / (n - 1).clamp(min=1)[:, None]
+        order = energy.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+
+        r = (n // 2).clamp(max=int(at(self.r, context.layer)))
+        widest = int(r.max())
+        if widest == 0:
+            nothing = order.new_empty(0)
+            return Merges(nothing, nothing, r)
+        used = torch.arange(widest, device=r.device) < r[:, None]
+        a, b = order[:, : 2 * widest : 2], order[:, 1 : 2 * widest : 2]
+        candidates = scores.gather(1, a[:, :, None].expand(-1, -1, scores.shape[2]))
+        candidates = candidates.gather(2, b[:, None, :].expand(-1, widest, -1))
+        similarity, best = candidates.masked_fill(~used[:, None, :], float("-inf")).max(dim=2)
+        rows = layout.offsets[:, None] + first
+        return Matches(similarity, rows + a, rows + b.gather(1, best)).merges(used)
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return n * n * d

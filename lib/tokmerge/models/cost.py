@@ -1,0 +1,138 @@
+"""Inference cost: multiply-accumulates (MACs) per image, counted from the real token counts.
+
+What the literature calls GFLOPs of a ViT are giga-MACs (DeiT-S: 4.6); torch's flop counter reports two per MAC.
+Matrix products are counted wherever they are, elementwise work (norms, softmax, activations, additions) is not,
+except for merging's own normalisation and averaging, which a fair comparison must not hide.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokmerge.merging.matching import Policy
+
+
+def linear_macs(module: nn.Module) -> int:
+    """MACs per token of every linear layer inside ``module``.
+
+    >>> linear_macs(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
+    64
+    """
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def module_macs(module: nn.Module, *shape: int) -> int:
+    """MACs of one forward of ``module`` on an input of that shape, counted by torch on the meta device."""
+    ghost = copy.deepcopy(module).to("meta").float().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(torch.empty(shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class ViTCost:
+    """What a vision transformer costs, block by block."""
+
+    embed: int  #: MACs of the patch embedding, per image
+    attn_linear: tuple[int, ...]  #: MACs per token of each block's attention projections
+    mlp_linear: tuple[int, ...]  #: MACs per token of each block's MLP
+    attn_dim: int  #: heads x head_dim
+    head_dim: int  #: width of the matching feature
+    embed_dim: int  #: width D of the tokens
+    protected: int  #: leading tokens that never merge
+    pool_per_token: int = 0  #: MACs per token of the pooling (attention pooling only)
+    head: int = 0  #: MACs per image of what follows the tokens (pooling's fixed part, classifier)
+
+    @classmethod
+    def of_layers(
+        cls, embedding: nn.Module, image_shape: tuple[int, ...], layers: Sequence[tuple[Any, nn.Module]], **rest: int
+    ) -> "ViTCost":
+        """Read the cost off an embedding of (C, H, W) images and every layer's attention and MLP."""
+        first = layers[0][0]
+        return cls(
+            embed=module_macs(embedding, 1, *image_shape),
+            attn_linear=tuple(linear_macs(attention) for attention, _ in layers),
+            mlp_linear=tuple(linear_macs(mlp) for _, mlp in layers),
+            attn_dim=first.num_heads * first.head_dim,
+            head_dim=first.head_dim,
+            **rest,
+        )
+
+    @classmethod
+    def of(cls, model: Any, image_shape: tuple[int, ...]) -> "ViTCost":
+        """Read the cost off a timm VisionTransformer for (C, H, W) images."""
+        head = linear_macs(model.head) + linear_macs(getattr(model, "head_dist", nn.Identity()))
+        pool, pool_per_token = model.attn_pool, 0
+        if pool is not None:
+            pool_per_token = linear_macs(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+            head += (linear_macs(pool) - linear_macs(pool.kv)) * pool.latent_len
+        layers = [(block.attn, block.mlp) for block in model.blocks]
+        return cls.of_layers(
+            model.patch_embed, image_shape, layers, embed_dim=model.embed_dim, protected=model.num_prefix_tokens,
+            pool_per_token=pool_per_token, head=head,
+        )  # fmt: skip
+
+    def blocks(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
+        """MACs of each block, merging overhead included: (B, L + 1) tokens entering each and after the last -> (B, L).
+
+        The policy is what merged them; None for no merging.
+        """
+        before, after = tokens[:, :-1], tokens[:, 1:]
+        attention = before * tokens.new_tensor(self.attn_linear) + 2 * before * before * self.attn_dim
+        macs = attention + after * tokens.new_tensor(self.mlp_linear)
+        if policy is None:
+            return macs
+        active = torch.tensor([policy.active(layer) for layer in range(macs.shape[1])], device=macs.device)
+        # The metric's normalisation, for keys after their mean over heads; the weighted sum and division of tokens.
+        width, mean = (self.embed_dim, 0) if policy.feature == "tokens" else (self.head_dim, self.attn_dim)
+        average = (before != after) * (before + after) * self.embed_dim
+        match = policy.match_macs(before - self.protected, width)
+        return macs + active * (match + before * (2 * width + mean) + average)
+
+    def pooling(self, tokens: Tensor) -> Tensor:
+        """MACs of what follows the blocks: (B, L + 1) tokens -> (B,) int64."""
+        return (tokens[:, -1] - self.protected) * self.pool_per_token + self.head
+
+    def total(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
+        """MACs of each image, patch embedding and head included: (B, L + 1) -> (B,) int64."""
+        return self.embed + self.blocks(tokens, policy).sum(1) + self.pooling(tokens)
+
+
+@dataclass(frozen=True)
+class LanguageCost:
+    """What the language model costs."""
+
+    linear: int  #: MACs per token of one layer
+    attn_dim: int  #: heads x head_dim
+    head: int  #: MACs of one token's scores over the vocabulary
+    depth: int  #: number of layers, all alike
+
+    @classmethod
+    def of(cls, model: Any) -> "LanguageCost":
+        """Read the cost off a transformers LlavaForConditionalGeneration with a dense language model."""
+        layers = model.model.language_model.layers
+        heads = model.config.text_config.num_attention_heads
+        return cls(
+            linear_macs(layers[0]), heads * layers[0].self_attn.head_dim, linear_macs(model.lm_head), len(layers)
+        )
+
+    def prefill(self, prompt: Tensor, left: Tensor, pruned: int) -> Tensor:
+        """MACs of reading a prompt, with the scores that the first answer token needs.
+
+        (B,) tokens in the first layers and (B,) left in the others, which are ``pruned`` many.
+        """
+        n = torch.stack([prompt, left])
+        first, last = n * self.linear + 2 * n * n * self.attn_dim
+        return (self.depth - pruned) * first + pruned * last + self.head
+
+    def decode(self, prompt: Tensor, left: Tensor, pruned: int, generated: Tensor) -> Tensor:
+        """MACs of the passes after that: one for every generated token but the last. Arguments as in `prefill`."""
+        passes = (generated - 1).clamp(min=0)
+        behind = (self.depth - pruned) * prompt + pruned * left
+        context = passes * behind + self.depth * (passes * (passes + 1) // 2)
+        return passes * (self.depth * self.linear + self.head) + 2 * context * self.attn_dim

@@ -1,0 +1,55 @@
+"""Figures of the channel: accuracy against SNR, and the policy over a fading trace."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SCHEME_STYLES = {
+    "unmerged": ("#333333", "-"),
+    "cut off": ("#999999", "--"),
+    "fixed ratio": ("#E69F00", "-"),
+    "adaptive": ("#0072B2", "-"),
+    "jpeg": ("#CC79A7", ":"),
+    "webp": ("#882255", ":"),
+    "analog cut off": ("#D55E00", "--"),
+    "analog adaptive": ("#009E73", "-"),
+    "learned adaptive": ("#56B4E9", "-"),
+}
+
+
+def draw_link(ax: Axes, table: pd.DataFrame) -> None:
+    """Accuracy against SNR with 95 % bands: columns snr_db, family, top1, top1_half."""
+    for family in dict.fromkeys(table.family):
+        part = table[table.family == family].sort_values("snr_db")
+        color, line = SCHEME_STYLES[family]
+        ax.plot(part.snr_db, 100 * part.top1, line, color=color, label=family, marker=".")
+        low, high = 100 * (part.top1 - part.top1_half), 100 * (part.top1 + part.top1_half)
+        ax.fill_between(part.snr_db, low, high, color=color, alpha=0.12)
+    ax.set(xlabel="SNR (dB)", ylabel="top-1 (%)")
+    ax.legend(fontsize=7, ncols=2)
+
+
+def draw_trace(ax: Axes, table: pd.DataFrame) -> None:
+    """Accuracy against latency of every choice over a fading trace: columns kind, choice, top1, latency_s."""
+    fixed = table[table.kind == "fixed"]
+    ax.scatter(1e3 * fixed.latency_s, 100 * fixed.top1, s=14, color="#999999", label="fixed choices")
+    for color, row in zip(("#0072B2", "#D55E00", "#E69F00"), table[table.kind == "policy"].itertuples(), strict=False):
+        ax.scatter(1e3 * row.latency_s, 100 * row.top1, s=60, marker="*", color=color, label=row.choice)
+    ax.set(xlabel="mean latency (ms)", ylabel="top-1 over the trace (%)")
+    ax.legend(fontsize=7)
+
+
+def draw_sweeps(sweeps: pd.DataFrame, title: str) -> Figure:
+    """`draw_link` of up to eight sweeps, a panel each: columns sweep and uses (0: not one number) as well."""
+    names = sweeps.sweep.unique()
+    fig, axes = plt.subplots(2, 4, figsize=(15, 6.4), sharex=True, sharey=True)
+    for ax in axes.flat[len(names) :]:
+        ax.remove()
+    for ax, name in zip(axes.flat, names, strict=False):
+        part = sweeps[sweeps.sweep == name]
+        draw_link(ax, part)
+        ax.set_title(name + (f", {part.uses.iloc[0]:,} uses" if part.uses.iloc[0] else ""))
+    axes[0, 0].set_title(f"{title}: {names[0]} uses")
+    fig.tight_layout()
+    return fig

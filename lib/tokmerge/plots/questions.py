@@ -1,0 +1,68 @@
+"""Figures of visual question answering."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from tokmerge.plots.merge_maps import draw_saved_map
+from tokmerge.plots.style import AXIS_LABELS, COLORS, draw_points, shades
+
+# Methods with a threshold for every layer; "one threshold" for all of them is a peer.
+OURS = ("threshold", "local threshold")
+
+
+def draw_answering(axes: Sequence[Axes], points: pd.DataFrame, limit: float) -> None:
+    """The loss of accuracy against MACs and against bytes, a colour per method; a line marks a loss in points.
+
+    Columns method, precision, drop, drop_ci95, macs_ratio, bytes_ratio; of one set of questions.
+    """
+    for ax, cost in zip(axes, ("macs_ratio", "bytes_ratio"), strict=True):
+        for method, shade in shades(points.method).items():
+            part = points[points.method == method]
+            for few, rows in part.groupby(part.precision.isin(["int8", "int4"])):
+                draw_points(
+                    ax, rows[cost], 100 * rows["drop"], 100 * rows.drop_ci95, method in OURS, small=4.5,
+                    label=None if few else method, color=shade, fmt="v" if few else "o",
+                )  # fmt: skip
+        ax.axhline(limit, color=COLORS["unmerged"], lw=0.8, ls="--")
+        ax.set_xlabel(AXIS_LABELS[cost])
+    axes[0].set_xlim(0, 1.05)
+    axes[1].set_xscale("log")
+    axes[0].set_ylabel("loss of accuracy (points)")
+    axes[1].legend(fontsize=7, title="triangles: int8, int4", title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
+    """One image's merge map at several points, with what was answered there; wrong answers in red.
+
+    Columns tokens, macs_ratio, questions, answers, truth and those of `draw_saved_map`; a row per point.
+    """
+    for column, (ax, row) in enumerate(zip(axes, maps.itertuples(), strict=True)):
+        draw_saved_map(ax, row, protected=0)
+        ax.set_title(f"{row.tokens} tokens, MACs {row.macs_ratio:.2f}", fontsize=9)
+        for line, (question, said, true) in enumerate(zip(row.questions[:6], row.answers, row.truth, strict=False)):
+            place: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 7, "va": "top"}
+            if column == 0:
+                ax.text(-0.05, -0.06 - 0.085 * line, question, ha="right", **place)
+            ax.text(0.5, -0.06 - 0.085 * line, said, ha="center", color="0.1" if said == true else "#D50000", **place)
+
+
+def draw_per_photo(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """Visual tokens and MACs against the photos in a scene, a line per point: columns photos, tokens, macs, method."""
+    colors = shades(table.method)
+    named = set(table.groupby("method", sort=False).point.first())
+    for ax, (values, label) in zip(
+        axes, ((table.tokens, "visual tokens read"), (table.macs / 1e6, "M multiply-accumulates")), strict=True
+    ):
+        for point, part in table.assign(value=values).groupby("point", sort=False):
+            method = part.method.iloc[0]
+            ours = method in OURS
+            ax.plot(
+                part.photos, part.value, "o-" if ours else "s--", ms=3, lw=1.4 if ours else 0.8,
+                color=colors[method], label=method if point in named else None,
+            )  # fmt: skip
+        ax.set(xlabel="photos in the scene", ylabel=label, xticks=sorted(set(table.photos)))
+        ax.set_ylim(0, None)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,0 +1,83 @@
+"""How figures look: one palette, one size grid, the same bytes at every run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tokmerge.io import store
+
+# Okabe and Ito's colour-blind-safe palette; one colour per method, everywhere.
+COLORS = {
+    "threshold": "#0072B2",
+    "fixed r": "#E69F00",
+    "unmerged": "#333333",
+    "accent": "#D55E00",
+    "search": "#009E73",
+    "ax": "#009E73",
+    "ax schedule": "#56B4E9",
+    "ax per block": "#332288",
+    "ax curve start": "#F0E442",
+    "ax keys": "#117733",
+    "ax shares": "#999999",
+    "ax kl": "#882255",
+    "ax top-1": "#44AA99",
+    "sobol": "#CC79A7",
+    "nsga2": "#D55E00",
+    "uniform": "#0072B2",
+}
+AXIS_LABELS = {
+    "kl": "KL(unmerged || merged)",
+    "root_kl": "root of KL(unmerged || merged)",
+    "loss_rise": "rise of the log-loss",
+    "top1_drop": "drop of top-1",
+    "macs_ratio": "MACs, merged / unmerged",
+    "tokens_ratio": "tokens left, merged / unmerged",
+    "bytes_ratio": "payload bytes, merged / unmerged",
+}
+
+
+def style() -> None:
+    """Set matplotlib's defaults for the project; makes SVG output repeatable."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "savefig.bbox": "tight",
+            "font.size": 9.5,
+            "axes.titlesize": 10.5,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "0.92",
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "svg.hashsalt": "tokmerge",
+            "image.cmap": "gray",
+        }
+    )
+
+
+def shades(names: Iterable[Any]) -> dict[Any, np.ndarray]:
+    """A colour for each of many names, in the order in which they first appear."""
+    once = list(dict.fromkeys(names))
+    return dict(zip(once, colormaps["tab20"](np.arange(len(once)) % 20), strict=True))
+
+
+def draw_points(ax: Axes, x: Any, y: Any, half: Any, ours: bool, small: float, **look: Any) -> None:
+    """Points with 95 % intervals of this half width; ours are larger, have a black edge and stand in front."""
+    edge: dict[str, Any] = {"ms": 6, "mec": "black", "zorder": 3} if ours else {"ms": small, "mec": "none", "zorder": 2}
+    ax.errorbar(x, y, half, elinewidth=0.6, mew=0.7, **edge, **look)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``path`` as both SVG and PNG, without dates, so that equal figures are equal files."""
+    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
+        with store.writing(path.with_suffix(suffix)) as temporary:
+            figure.savefig(temporary, metadata=metadata)

@@ -1,0 +1,185 @@
+"""Who competes: every method's own search space, so that all can be searched with the same budget, or its grid.
+
+A schedule over the depth makes a method stronger than one number for all blocks; comparing searched thresholds with
+anything but searched peers would not be fair. For images, counts are searched as shares of what the tokens present
+could lose to a bipartite match, half of them: no method may lose more. For questions, all share the engine, the
+positions and weights of merged tokens in the language model, and the payload.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tokmerge.merging.matching import Policy
+from tokmerge.merging.peers import AdaMerge, AttentionPruning, OutlierMerging, RandomPruning, StaticRates, ToFu
+from tokmerge.merging.policies import PiToMe, Threshold, TopR
+from tokmerge.merging.thresholds import CappedThreshold, LocalThreshold, RelativeThreshold
+from tokmerge.models.configuration import Configuration, LlavaConfiguration
+from tokmerge.models.language_model import Pruning
+from tokmerge.search.space import LOWEST_COSINE, Space, policy_space, threshold_space
+
+SHARE = (0.0, 1.0)
+# Of an even spread over the depth: a schedule may remove this many times as much at one layer.
+STEEPEST = 3.0
+
+
+def image_spaces(
+    depth: int, n_tokens: int, statistics: tuple[Sequence[float], Sequence[float]], parameters: int
+) -> dict[str, Space]:
+    """Search spaces with the same number of parameters each, by the method's name.
+
+    Args:
+        depth: number of blocks.
+        n_tokens: tokens that may merge.
+        statistics: for AdaMerge (`tokmerge.evaluation.calibrate.similarity_statistics`).
+        parameters: values interpolated over the depth; methods with two profiles get half of them for each.
+
+    Raises:
+        ValueError: an odd number of parameters, or fewer than 4.
+    """
+    if parameters % 2 or parameters < 4:
+        raise ValueError(f"parameters is {parameters}: an even number from 4 is needed")
+
+    def schedule(method: Callable[..., Policy], times: float = 1.0) -> Space:
+        def policy(share: Sequence[float]) -> Policy:
+            return method(tuple(round(times * r) for r in counts(share, n_tokens)))
+
+        settled = {"method": str(method((1,) * depth))}
+        return policy_space(depth, {"share": SHARE}, policy, parameters, settled=settled)
+
+    def static(prune: Sequence[float], merge: Sequence[float]) -> Policy:
+        lost = counts([share for both in zip(prune, merge, strict=True) for share in both], n_tokens)
+        return StaticRates(lost[::2], lost[1::2])
+
+    def capped(tau: Sequence[float], cap: Sequence[float]) -> Policy:
+        return CappedThreshold(tau, counts(cap, n_tokens))
+
+    half, cosine = parameters // 2, (LOWEST_COSINE, 1.0)
+    return {
+        "threshold": threshold_space("cosine", depth, knots=parameters),
+        "capped threshold": policy_space(depth, {"tau": cosine, "cap": SHARE}, capped, half),
+        "relative threshold": policy_space(depth, {"z": (-3.0, 3.0)}, RelativeThreshold, parameters),
+        "ToMe": schedule(TopR),
+        "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
+        "PiToMe": schedule(PiToMe),
+        "ToFu": schedule(ToFu),
+        # The share of r that an average image loses is one half.
+        "AdaMerge": schedule(lambda r: AdaMerge(r, *statistics), 2.0),
+        "DiffRate": policy_space(depth, {"prune": SHARE, "merge": SHARE}, static, half),
+        "attention pruning": schedule(AttentionPruning),
+    }
+
+
+def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Space:
+    """A space joined with the precision of the values that are sent.
+
+    Args:
+        space: of the policy.
+        split_layer: blocks that run before the tokens are sent.
+        precisions: of `tokmerge.wire.PRECISIONS`, coarser and coarser; one parameter, rounded down, chooses.
+    """
+
+    def build(coarseness: float, **rest: Any) -> Configuration:
+        chosen = precisions[min(int(coarseness), len(precisions) - 1)]
+        return replace(space.build(**rest), precision=chosen, split_layer=split_layer)
+
+    settled = {**space.settled, "split_layer": split_layer, "precisions": list(precisions)}
+    scalars = {**space.scalars, "coarseness": (0.0, float(len(precisions)))}
+    return replace(space, build=build, settled=settled, scalars=scalars)
+
+
+def counts(shares: Sequence[float], n_tokens: int) -> tuple[int, ...]:
+    """Tokens to lose at every block: a share of what those still present could lose to a bipartite match.
+
+    Args:
+        shares: between 0 and 1, one per block.
+        n_tokens: before the first block.
+
+    >>> counts([1.0, 0.5, 0.0], 8)
+    (4, 1, 0)
+    """
+    found = []
+    for share in shares:
+        found.append(round(share * (n_tokens // 2)))
+        n_tokens -= found[-1]
+    return tuple(found)
+
+
+def cosines(roots: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds as they are searched, by the cube root of how far down from 1 to -1: half of the range is above 0.75.
+
+    >>> cosines([0.0, 0.5, 1.0])
+    (1.0, 0.75, -1.0)
+    """
+    return tuple(1 - 2 * root**3 for root in roots)
+
+
+def question_spaces(depth: int, n_tokens: int, parameters: int, **options: Any) -> dict[str, Space]:
+    """Search spaces with the same number of parameters each, by the method's name.
+
+    Args:
+        depth: layers of the tower that are run.
+        n_tokens: visual tokens of an unmerged image, a square grid.
+        parameters: values interpolated over the depth; the local threshold gives up one of them for its window.
+        **options: positions and weights of every configuration.
+
+    Raises:
+        ValueError: fewer than 3 parameters.
+    """
+    if parameters < 3:
+        raise ValueError(f"parameters is {parameters}: at least 3 are needed")
+    configure = partial(LlavaConfiguration, **options)
+
+    def schedule(method: Callable[..., Policy]) -> Space:
+        def policy(r: Sequence[float]) -> Policy:
+            return method(tuple(round(value) for value in r))
+
+        most, settled = STEEPEST * n_tokens / depth, {"method": method.__name__, **options}
+        return policy_space(depth, {"r": (0.0, most)}, policy, parameters, configure, settled=settled)
+
+    def threshold(root: Sequence[float]) -> Policy:
+        return Threshold(cosines(root))
+
+    def local(root: Sequence[float], window: float) -> Policy:
+        return LocalThreshold(cosines(root), round(window))
+
+    # Every integer from 2 to half the grid gets an equal part of the range.
+    below, near = {"root": (0.0, 1.0)}, {"window": (1.5, n_tokens**0.5 // 2 + 0.5)}
+    return {
+        "threshold": policy_space(depth, below, threshold, parameters, configure, settled=options),
+        "local threshold": policy_space(depth, below, local, parameters - 1, configure, settled=options, scalars=near),
+        "ToMe": schedule(TopR),
+        "PiToMe": schedule(PiToMe),
+    }
+
+
+def question_grids(
+    depth: int, text_depth: int, n_tokens: int, n: int, **options: Any
+) -> dict[str, list[LlavaConfiguration]]:
+    """Methods with one number to choose, n configurations each (FastV: n for each of two layers), by the method's name.
+
+    Args:
+        depth, text_depth: layers of the tower that are run, and of the language model.
+        n_tokens: visual tokens of an unmerged image.
+        n: how many configurations.
+        **options: positions and weights of every configuration, but of FastV's, which merges nothing.
+    """
+    shares = np.linspace(0.9, 0.05, n)
+    # Removed at every layer so that such a share is left; removed at the last layer only.
+    each = sorted({max(1, round(n_tokens * (1 - share) / depth)) for share in shares})
+    late = [(*(0 for _ in range(depth - 1)), round(n_tokens * (1 - share))) for share in shares]
+    after = sorted({min(layer, text_depth - 1) for layer in (1, 2)})
+    policies: dict[str, list[Policy]] = {
+        "one threshold": [Threshold(float(tau)) for tau in np.linspace(0.995, 0.8, n)],
+        "ToMe constant": [TopR(r) for r in each],
+        "attention pruning": [AttentionPruning(r) for r in each],
+        "attention, last layer": [AttentionPruning(r) for r in late],
+        "attention outliers": [OutlierMerging(depth - 1, float(spread)) for spread in np.linspace(-0.9, 3.0, n)],
+        "random pruning": [RandomPruning(r) for r in each],
+    }
+    grids = {name: [LlavaConfiguration(policy, **options) for policy in some] for name, some in policies.items()}
+    prunings = [Pruning(layer, float(share)) for layer in after for share in shares]
+    return grids | {"FastV": [LlavaConfiguration(None, pruning=pruning) for pruning in prunings]}

@@ -1,0 +1,241 @@
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import hub_folder
+from PIL import Image
+from tokmerge.data import fashion_mnist, image_sets, imagenet
+from tokmerge.data.image_sets import DataError
+from tokmerge.data.registry import load_images
+from torchvision.transforms.functional import to_tensor
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """ImageNet's val layout with three classes."""
+    rng = np.random.default_rng(2)
+    for synset, n in (("n02084071", 3), ("n01440764", 2), ("n03445777", 1)):
+        (tmp_path / synset).mkdir()
+        for i in range(n):
+            photo = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+            photo.convert("L" if i == 1 else "RGB").save(tmp_path / synset / f"ILSVRC2012_val_{i:08d}.JPEG")
+    return tmp_path
+
+
+def test_image_folder(folder, monkeypatch):
+    images = load_images("imagefolder", "val", path=folder)
+    assert images.classes == ("n01440764", "n02084071", "n03445777")
+    examples = list(images.examples())
+    assert [e.label for e in examples] == images.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert examples[0].id == "n01440764/ILSVRC2012_val_00000000.JPEG"
+    assert {e.image.mode for e in examples} == {"RGB"}
+    assert [e.id for e in images.examples(4)] == images.ids[4:]
+    monkeypatch.chdir(folder)
+    assert imagenet.image_folder(".").name == imagenet.image_folder(f"{folder}/").name == f"ImageFolder {folder.name}"
+
+
+def test_image_folder_errors_are_named(folder):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        imagenet.image_folder(folder / "nowhere")
+    with pytest.raises(DataError, match="one folder of images per class"):
+        imagenet.image_folder(folder / "n01440764")
+    (folder / "n09999999").mkdir()
+    with pytest.raises(DataError, match="n09999999"):
+        imagenet.image_folder(folder)
+    (folder / "n09999999" / "bad.JPEG").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"bad\.JPEG cannot be read"):
+        list(imagenet.image_folder(folder).examples())
+
+
+def png(content):
+    """(SyntaxError) a PNG whose pixel chunk claims to end early, in the middle of its data."""
+    at = content.index(b"IDAT")
+    return content[: at - 4] + (300).to_bytes(4, "big") + content[at:]
+
+
+def bmp(content):
+    """(DecompressionBombError) a BMP that claims to be 10^5 pixels wide and high."""
+    return content[:18] + (10**5).to_bytes(4, "little") * 2 + content[26:]
+
+
+@pytest.mark.parametrize(("kind", "damage"), [("PNG", png), ("BMP", bmp), ("JPEG", lambda content: content[:-900])])
+def test_damaged_images_are_named_whatever_the_decoder_raises(kind, damage):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(content, kind)
+    with pytest.raises(DataError, match="image photo cannot be read"):
+        image_sets.open_rgb(io.BytesIO(damage(content.getvalue())), "photo")
+
+
+def test_subset_of_a_folder_opens_only_its_own_images(folder, monkeypatch):
+    images = imagenet.image_folder(folder)
+    opened = []
+    whole = imagenet.open_rgb
+    monkeypatch.setattr(imagenet, "open_rgb", lambda file, name: opened.append(Path(file).name) or whole(file, name))
+    part = image_sets.subset(image_sets.subset(images, [0, 2, 4, 5]), [1, 3])
+    assert [e.id for e in part.examples()] == list(part.ids) == [images.ids[2], images.ids[5]]
+    assert [e.label for e in part.examples(1)] == part.labels[1:].tolist() == [2]
+    assert opened == [Path(images.ids[i]).name for i in (2, 5, 5)]
+
+
+def hub_photos(folder, photos):
+    """A local data set of encoded photos in two parquet files, features declared in its card as on the hub."""
+    names = "".join(f"\n          '{i}': class {i}" for i in range(2))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["class 0", "class 1"]))
+    for shard, part in enumerate((photos[:2], photos[2:])):
+        rows = {"image": [{"bytes": p, "path": None} for p in part], "label": [shard] * len(part)}
+        path = folder / "data" / f"validation-0000{shard}-of-00002.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    (folder / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        f"      class_label:\n        names:{names}\n---\n"
+    )
+    return folder
+
+
+def encoded(**options):
+    content = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def test_hub_and_folder_give_the_same_pixels(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter turn, which timm's and torchvision's readers ignore
+    photos = [encoded(exif=turned), encoded(), encoded()]
+    for i, photo in enumerate(photos):
+        file = tmp_path / "folder" / ("class 0" if i < 2 else "class 1") / f"{i}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(photo)
+    folder = imagenet.image_folder(tmp_path / "folder")
+    hub = imagenet.imagenet_hub("validation", str(hub_photos(tmp_path / "hub", photos)))
+    assert hub.labels.tolist() == folder.labels.tolist() == [0, 0, 1]
+    for a, b in zip(folder.examples(), hub.examples(), strict=True):
+        assert (a.image.size, a.image.tobytes(), a.label) == (b.image.size, b.image.tobytes(), b.label)
+
+
+def test_a_damaged_hub_image_is_named(tmp_path):
+    images = imagenet.imagenet_hub("validation", str(hub_photos(tmp_path, [encoded(), encoded(), b"not a picture"])))
+    stream = images.examples()
+    assert [next(stream).id, next(stream).id] == ["validation-00000000", "validation-00000001"]
+    with pytest.raises(DataError, match="validation-00000002 cannot be read"):
+        next(stream)
+
+
+def test_hub_labels_come_without_images_and_the_stream_resumes(tmp_path, monkeypatch):
+    photos = hub_folder(tmp_path / "imagenet", {"validation": 7}, size=(30, 50), classes=4)["validation"]
+    columns, real = [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: columns.append(k.get("columns")) or real(*a, **k))
+    images = load_images("imagenet-1k", "validation", path=tmp_path / "imagenet")
+    assert columns == [None, ["label"]]
+    assert images.classes == ("class 0", "class 1", "class 2", "class 3")
+    examples = list(images.examples())
+    assert [e.label for e in examples] == images.labels.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert [e.id for e in examples] == list(images.ids)
+    for example, photo in zip(examples, photos, strict=True):
+        assert example.image.tobytes() == photo.convert("RGB").tobytes()
+    later = list(images.examples(5))
+    assert [(e.id, e.image.tobytes()) for e in later] == [(e.id, e.image.tobytes()) for e in examples[5:]]
+    part = image_sets.subset(images, [6, 1, 2])
+    assert [(e.id, e.label) for e in part.examples(1)] == [(images.ids[2], 2), (images.ids[6], 2)]
+
+
+def test_hub_errors_say_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"HF_TOKEN"):
+        imagenet.imagenet_hub("validation", str(tmp_path / "nothing"))
+    hub_folder(tmp_path / "imagenet", {"validation": 2})
+    with pytest.raises(DataError, match=r"split 'train'"):
+        imagenet.imagenet_hub("train", str(tmp_path / "imagenet"))
+    datasets.Dataset.from_dict({"photo": [1]}).to_parquet(tmp_path / "other" / "train.parquet")
+    with pytest.raises(DataError, match=r"columns image and label.*photo"):
+        imagenet.imagenet_hub("train", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "message"),
+    [
+        ("mnist", "test", "unknown data set 'mnist': use one of sample, fashion-mnist"),
+        ("sample", "val", "'val': use 'train' or 'test'"),
+        ("fashion-mnist", "val", "'val': use 'train' or 'test'"),
+        ("imagefolder", "val", "imagefolder needs a path"),
+    ],
+)
+def test_unknown_names_are_listed(source, split, message):
+    with pytest.raises(DataError, match=message):
+        load_images(source, split)
+
+
+@pytest.mark.parametrize("n", [1, 10, 33, 99])
+def test_search_split_is_stratified_and_disjoint(n):
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    search, rest = image_sets.search_split(labels, n, seed=4)
+    assert sorted([*search, *rest]) == list(range(100))
+    assert len(search) == n
+    for label, share in enumerate((0.5, 0.3, 0.2)):
+        assert abs((labels[search] == label).sum() - share * n) < 1
+    assert (search == image_sets.search_split(torch.tensor(labels), n, seed=4)[0]).all()
+    if n == 33:
+        assert list(search) != list(image_sets.search_split(labels, n, seed=5)[0])
+    for wrong in (0, 100, -1):
+        with pytest.raises(ValueError, match=f"search split of {wrong} cannot be cut off 100"):
+            image_sets.search_split(labels, wrong, seed=0)
+
+
+def test_subset_takes_positions_as_numpy_does_and_keeps_the_order():
+    images = fashion_mnist.sample("test")
+    mask = np.zeros(len(images), bool)
+    mask[[3, 40]] = True
+    for positions in (mask, [3, 40], np.array([40, 3, 3]), [3 - len(images), 40], range(3, 41, 37)):
+        part = image_sets.subset(images, positions)
+        assert [e.id for e in part.examples()] == list(part.ids) == [images.ids[3], images.ids[40]]
+        assert [e.label for e in part.examples(1)] == part.labels.tolist()[1:] == [images.labels[40]]
+    assert list(part.examples(2)) == list(image_sets.subset(images, []).examples()) == []
+    with pytest.raises(IndexError):
+        image_sets.subset(images, [len(images)])
+    assert list(image_sets.stretch(images, 2, 5, "test").ids) == images.ids[5:7]
+    with pytest.raises(ValueError, match="2 images after the first 255 are asked for: the test split has 256"):
+        image_sets.stretch(images, 2, 255, "test")
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_batches_equal_stacking_by_hand(start):
+    images = image_sets.subset(fashion_mnist.sample("test"), range(10))
+    examples = list(images.examples())[start:]
+    got = list(image_sets.batches(images, to_tensor, 4, start))
+    assert [len(b.ids) for b in got] == ([4, 4, 2] if start == 0 else [4, 3])
+    whole = torch.stack([to_tensor(e.image) for e in examples])
+    assert torch.equal(torch.cat([b.images for b in got]), whole)
+    assert torch.cat([b.labels for b in got]).tolist() == [e.label for e in examples]
+    if start == 0:
+        assert torch.equal(image_sets.tensors(images, to_tensor).images, whole)
+        again = list(image_sets.split_batch(image_sets.tensors(images, to_tensor), 4))
+        assert all(a.ids == b.ids and torch.equal(a.images, b.images) for a, b in zip(again, got, strict=True))
+
+
+def test_impossible_starts_and_batch_sizes_are_refused():
+    images = image_sets.subset(fashion_mnist.sample("test"), range(10))
+    for start in (-1, 11):
+        with pytest.raises(ValueError, match=f"cannot start at {start} of 10"):
+            images.examples(start)
+    for batch_size in (0, -4):
+        with pytest.raises(ValueError, match=f"10 examples into batches of {batch_size}"):
+            next(image_sets.batches(images, to_tensor, batch_size))
+    with pytest.raises(ValueError, match="0 examples into batches of 0"):
+        image_sets.tensors(image_sets.subset(images, []), to_tensor)
+
+
+@pytest.mark.parametrize("fill", [None, -0.5])
+def test_images_are_shifted_and_mirrored_only(fill):
+    torch.manual_seed(0)
+    image = torch.zeros(1, 1, 9, 9)
+    image[0, 0, 4, 4] = 1
+    places = set()
+    for _ in range(60):
+        moved = image_sets.flip_and_shift(image, 1, fill)
+        assert moved.shape == image.shape
+        assert moved.clamp(min=0).sum() == 1
+        assert set(moved.unique().tolist()) <= {0.0, 1.0, fill}
+        places.add(divmod(int(moved.argmax()), 9))
+    assert places == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}

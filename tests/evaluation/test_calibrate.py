@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import reference
+import tokmerge
+import torch
+from tokmerge.data.image_sets import Batch
+from tokmerge.evaluation.calibrate import calibrate, similarity_statistics, thresholds_for_rates
+
+
+@pytest.fixture
+def batches(images):
+    return [Batch(list("abc"), images[:3], torch.zeros(3)), Batch(list("de"), images[3:], torch.zeros(2))]
+
+
+@pytest.mark.parametrize("policy", [None, tokmerge.TopR(6)])
+def test_similarity_statistics_by_loops(model, images, batches, policy):
+    means, deviations = similarity_statistics(model, batches, policy)
+    found = [[] for _ in model.blocks]
+
+    def decide(layer):
+        found[layer.index].append(np.mean([c for c, _ in layer.matches.values()]))
+        return {"pairs": [] if policy is None else reference.largest(layer.matches, policy.r)}
+
+    for image in images:
+        reference.run(model, image, decide, "keys")
+    for layer, per_image in enumerate(found):
+        assert means[layer] == pytest.approx(np.mean(per_image), abs=1e-5)
+        assert deviations[layer] == pytest.approx(np.std(per_image, ddof=1), abs=1e-5)
+
+
+def test_thresholds_reach_the_mean_rates(model, images, batches):
+    wanted = [4.2, 0.0, 7.0, 1.4]
+    policy = thresholds_for_rates(model, batches, wanted)
+    assert policy.thresholds[1] == 1.0
+    tokens = tokmerge.patch(model, policy)(images)[1].tokens
+    assert (-tokens.diff(dim=1)).float().mean(0).tolist() == pytest.approx(wanted)
+    assert len(set(tokens[:, -1].tolist())) > 1, "every image loses what it can spare"
+
+
+def test_more_than_there_is_merges_everything(model, images, batches):
+    policy = thresholds_for_rates(model, batches, [0, 0, 0, 1000])
+    tokens = tokmerge.patch(model, policy)(images)[1].tokens
+    assert tokens[:, -1].tolist() == [33] * 5
+    with pytest.raises(ValueError, match="2 rates for a model of 4 blocks"):
+        thresholds_for_rates(model, batches, [1, 2])
+
+
+def test_calibration_is_the_similarity_of_the_unmerged_model(model, images, batches):
+    found = calibrate(model, batches).quantiles
+    assert found.shape == (len(model.blocks), 1001)
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    block = model.blocks[0]
+    keys = block.attn.qkv(block.norm1(tokens)).view(5, -1, 3, block.attn.num_heads, 16)[:, 1:, 1].mean(2)
+    attended = (tokens + block.attn(block.norm1(tokens)))[:, 1:]
+    for feature, values in (("tokens", attended), ("keys", keys)):
+        found = calibrate(model, batches, feature).quantiles
+        metric = torch.nn.functional.normalize(values, dim=-1)
+        best = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).amax(2).double()
+        np.testing.assert_allclose(found[0], np.quantile(best.detach(), np.linspace(0, 1, 1001)), atol=1e-6)

@@ -1,0 +1,78 @@
+import pandas as pd
+import pytest
+import tokmerge
+import torch
+from scipy import stats
+from tokmerge.data import image_sets
+from tokmerge.data.image_sets import Batch
+from tokmerge.evaluation import classification
+
+
+@pytest.fixture
+def batch(images):
+    return Batch([f"i{i}" for i in range(5)], images, torch.tensor([0, 1, 2, 3, 4]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+def test_run_equals_the_model_called_once(model, batch, size):
+    merged = tokmerge.patch(model, tokmerge.Threshold(0.8))
+    logits, record = merged(batch.images)
+    outcome = classification.evaluate(merged, image_sets.split_batch(batch, size))
+    assert outcome.ids == batch.ids
+    torch.testing.assert_close(outcome.logits, logits, atol=1e-5, rtol=0)
+    assert torch.equal(outcome.tokens, record.tokens)
+    assert torch.equal(outcome.macs, record.macs)
+    assert torch.equal(outcome.payload_bytes, record.payload_bytes)
+    assert torch.equal(outcome.labels, batch.labels)
+
+
+def test_frame_and_summary_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    outcome = classification.Outcome(
+        ["a", "b", "c"],
+        torch.tensor([0, 1, 1]),
+        logits,
+        torch.tensor([[5, 3], [5, 1], [5, 2]]),
+        torch.tensor([10, 20, 60]),
+        torch.tensor([1, 2, 3]),
+    )
+    frame = outcome.frame()
+    assert frame.prediction.tolist() == [0, 1, 0]
+    assert frame.tokens.tolist() == [3, 1, 2]
+    assert frame.confidence[0] == pytest.approx(1 / (1 + 2.718281828**-2))
+    assert frame.loss[2] == pytest.approx(3.0485873)
+    summary = outcome.summary()
+    assert summary["top1"] == pytest.approx(2 / 3)
+    assert summary["macs"] == 30
+    assert summary["tokens"] == 2
+    assert summary["n_images"] == 3
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (9123, 10000)])
+def test_top1_has_wilsons_interval(hits, n):
+    found = classification.score_top1(pd.DataFrame({"prediction": [1] * n, "label": [1] * hits + [0] * (n - hits)}))
+    z, share = stats.norm.ppf(0.975), hits / n
+    middle, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
+    expected = [n, share, (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)]
+    assert list(found.values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_relative_by_hand():
+    whole = pd.DataFrame({"prediction": [0, 1, 2, 0], "label": [0, 1, 2, 3], "tokens_sent": [10] * 4})
+    whole = whole.assign(macs=100, payload_bytes=40)
+    rows = whole.assign(prediction=[0, 2, 2, 0], macs=[50, 20, 100, 30], payload_bytes=[4, 8, 40, 12])
+    found = classification.relative(rows.drop(columns="tokens_sent"), whole)
+    hand = {"n_images": 4, "top1": 0.5, "top1_drop": 0.25, "macs_ratio": 0.5, "bytes_ratio": 0.4, "payload_bytes": 16}
+    assert {name: found[name] for name in hand} == pytest.approx(hand)
+    assert "tokens_ratio" not in found
+    assert found["top1_drop_sem"] == pytest.approx(stats.sem([0, 1, 0, 0]))
+    assert (found["top1_low"], found["top1_high"]) == pytest.approx((0.15004, 0.84996), abs=1e-5)
+    assert classification.relative(whole, whole)["tokens_ratio"] == 1
+
+
+def test_no_description_no_progress_bar(model, batch, capsys):
+    merged = tokmerge.patch(model, None)
+    classification.evaluate(merged, image_sets.split_batch(batch, 2))
+    assert capsys.readouterr().err == ""
+    classification.evaluate(merged, image_sets.split_batch(batch, 2), description="unmerged")
+    assert "unmerged" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+import json
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+from tokmerge.data import questions
+from tokmerge.data.image_sets import DataError
+from tokmerge.data.questions import Question
+from tokmerge.evaluation import image_codecs, vqa, vqa_objective, workers
+from tokmerge.io.cache import Cache
+from tokmerge.merging.policies import Threshold, TopR
+from tokmerge.models import llava, tiny_llava
+from tokmerge.models.configuration import Configuration, LlavaConfiguration
+
+
+@pytest.fixture(scope="module")
+def objective():
+    """The shipped easy-VQA model on the questions about six search images."""
+    model, processor = tiny_llava.load_tiny_llava("easy-vqa-llava")
+    search, _ = vqa_objective.task_splits("easy-vqa-llava", 6, 2)
+    return vqa_objective.QuestionObjective(model, processor, search, template=tiny_llava.TINY_TEMPLATE, batch_size=32)
+
+
+def test_no_merging_costs_nothing_and_saves_nothing(objective):
+    measured = objective(Configuration(Threshold(1.0)))
+    assert [measured[name] for name in ("top1_drop", "kl", "macs_ratio", "bytes_ratio")] == [0, 0, 1, 1]
+    assert measured["n_questions"] == len(objective.questions)
+
+
+def test_agrees_with_the_plain_run(objective):
+    policy = Threshold(objective.calibrate(32).thresholds([0.5] * objective.depth))
+    measured = objective(Configuration(policy))
+    tables = [
+        vqa.answer_questions(
+            llava.patch(objective.model, choice), objective.processor, objective.questions,
+            template=tiny_llava.TINY_TEMPLATE, batch_size=7, max_new_tokens=4,
+        )
+        for choice in (policy, None)
+    ]  # fmt: skip
+    merged, base = tables
+    assert measured["accuracy"] == pytest.approx(merged.accuracy.mean())
+    assert measured["macs_ratio"] == pytest.approx((merged.macs / base.macs).mean())
+    assert measured["bytes_ratio"] == pytest.approx((merged.payload_bytes / base.payload_bytes).mean())
+    assert 0 < measured["macs_ratio"] < 1
+
+
+def test_compare_by_hand():
+    base = pd.DataFrame({"accuracy": [1.0, 1.0], "macs": [10, 20], "tokens": [4, 4], "payload_bytes": [8, 8]})
+    less = pd.DataFrame({"accuracy": [1.0, 0.0], "macs": [5, 5], "tokens": [2, 1], "payload_bytes": [4, 2]})
+    p, q = torch.tensor([[0.5, 0.5]] * 2).log(), torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+    got = vqa_objective.compare_answers((less, q), (base, p))
+    assert got["top1_drop"] == 0.5
+    assert got["macs_ratio"] == 0.375
+    assert got["bytes_ratio"] == 0.375
+    kl = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    assert got["kl"] == pytest.approx(kl / 2)
+    assert got["root_kl"] == pytest.approx((kl / 2) ** 0.5)
+
+
+def test_splits_share_no_image_with_training():
+    search, test = vqa_objective.task_splits("easy-vqa-llava", 5, 3)
+    assert (search.split, test.split) == ("train", "test")
+    assert len({q.image_id for q in search.questions}) == 5
+    assert len({q.image_id for q in test.questions}) == 3
+    with pytest.raises(ValueError, match="held 400 images back"):
+        vqa_objective.task_splits("easy-vqa-llava", 401, 1)
+
+
+TEXTS = ["is it red", "how many", "what is it", "where is he"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LLaVA of the real class with random weights, and VQAv2's official files about six photos."""
+    folder = tmp_path_factory.mktemp("paper")
+    tiny.llava().save_pretrained(folder / "tiny-llava")
+    texts = [vqa.LLAVA_TEMPLATE.format(question=text) for text in TEXTS]
+    tiny.processor([*texts, "red yes no two"]).save_pretrained(folder / "tiny-llava")
+    asked = [{"question_id": 10 * i + k, "image_id": i, "question": TEXTS[k]} for i in range(6) for k in range(4)]
+    given = [{"answer": "red", "answer_id": n} for n in range(10)]
+    known = [{**row, "answers": given, "answer_type": "other", "question_type": "what"} for row in asked]
+    data = folder / "vqav2"
+    (data / "val2014").mkdir(parents=True)
+    head = {"data_subtype": "val2014"}
+    (data / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({**head, "questions": asked}))
+    (data / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({**head, "annotations": known}))
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        photo = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+        photo.save(data / "val2014" / f"COCO_val2014_{i:012d}.jpg")
+    return folder
+
+
+def load(folder, **options):
+    return vqa_objective.load_task(
+        str(folder / "tiny-llava"), 2, None, source="vqav2", path=str(folder / "vqav2"), **options
+    )
+
+
+def test_a_model_and_vqav2_from_local_folders(folder):
+    task = load(folder)
+    assert task.name == "tiny-llava"
+    assert task.test.name == "VQAv2"
+    assert len(task.search) == 8
+    assert len(task.test) == 16
+    owners = [{question.image_id for question in part.questions} for part in (task.search, task.test)]
+    assert not owners[0] & owners[1]
+    assert not task.model.training
+    fewer = vqa_objective.load_task(str(folder / "tiny-llava"), 2, 3, source="vqav2", path=str(folder / "vqav2"))
+    assert fewer.test.questions == task.test.questions[:12]
+
+
+@pytest.mark.parametrize(("size", "n_workers"), [(5, 1), (16, 1), (8, 2)])
+def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
+    options, where = {"batch_size": 3, "max_new_tokens": 3}, {"source": "vqav2", "path": str(folder / "vqav2")}
+    make = partial(vqa_objective.load_task, str(folder / "tiny-llava"), 2, None, **where, **options)
+    task, point = make(), LlavaConfiguration(TopR(5), positions="first", weights="size")
+    merged = llava.patch(task.model, TopR(5), positions="first", weights="size")
+    whole = vqa.answer_questions(merged, task.processor, task.test, template=vqa.LLAVA_TEMPLATE, **options)
+    (table,) = workers.evaluate_in_shards(Cache(tmp_path, {}), [point], 16, size, task, make, n_workers)
+    pd.testing.assert_frame_equal(table, whole)
+
+
+def test_a_model_without_questions_is_named(folder):
+    with pytest.raises(DataError, match="tiny-llava brings no questions"):
+        vqa_objective.load_task(str(folder / "tiny-llava"), 2, 2)
+    with pytest.raises(ValueError, match="no LLaVA model 'nowhere'"):
+        vqa_objective.load_task("nowhere", 2, 2, source="vqav2", path=str(folder / "vqav2"))
+
+
+def test_shipped_models_bring_their_questions():
+    task = vqa_objective.load_task("scenes-llava", 3, 2, photos="sample")
+    assert (task.search.split, task.test.split) == ("search", "test")
+    assert len(task.test) == 12
+    assert task.options["template"] == "<image> {question}"
+    assert task.model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    # A photo is 28 x 28 pixels; blank cells are black.
+    for question, image in task.test.pairs():
+        cells = np.asarray(image)[..., 0].reshape(3, 28, 3, 28).max((1, 3))
+        assert task.photos[question.image_id] == (cells > 0).sum()
+
+
+def test_compressed_images_are_the_codecs():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    asked = [Question(k, str(k // 2), "what", ("red",), "other", "what") for k in range(4)]
+    found, sizes = vqa_objective.compressed(questions.with_images("toy", "test", asked, lambda name: photo), "jpeg", 10)
+    pairs = list(found.pairs())
+    expected = image_codecs.compress(photo, "jpeg", 10)
+    assert sizes == {"0": len(expected), "1": len(expected)}
+    assert [question for question, _ in pairs] == asked
+    for _, image in pairs:
+        assert np.array_equal(np.asarray(image), np.asarray(image_codecs.decompress(expected)))
+    assert [question.id for question, _ in found.pairs(3)] == [3]

@@ -1,0 +1,68 @@
+import pytest
+import reference
+import tiny
+import torch
+from tokmerge import Threshold
+from tokmerge.merging import matching, merge
+from tokmerge.merging.packed import Layout, Packed
+from tokmerge.merging.thresholds import LocalThreshold
+from tokmerge.models import vision_tower
+
+
+def window_choice(tau, window):
+    def decide(layer):
+        windows, pairs, first = {}, [], 0
+        for token in range(layer.protected, len(layer.sizes)):
+            # The mean place of a token's patches on the grid of 8 x 8; token 0 is CLS.
+            places = [divmod(patch - 1, 8) for patch in layer.groups[token]]
+            row, column = (sum(part) / len(places) for part in zip(*places, strict=True))
+            windows.setdefault((int(row // window), int(column // window)), []).append(token)
+        for _, tokens in sorted(windows.items()):
+            # The alternation goes on from window to window.
+            a_s = [token for number, token in enumerate(tokens, first) if number % 2 == 0]
+            first += len(tokens)
+            for a in a_s:
+                best = reference.most_similar(layer.heads.mean(0), a, sorted(set(tokens) - set(a_s)))
+                pairs += [(a, best[1])] if best and best[0] > tau else []
+        return {"pairs": pairs}
+
+    return decide
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_equals_the_plain_implementation(window, images):
+    tower, images = tiny.tower().double(), images.double()
+    features, record = vision_tower.patch_tower(tower, LocalThreshold(0.2, window, "keys"))(images)
+    for i, image in enumerate(images):
+        expected, counts, *_ = reference.run_tower(tower, image, window_choice(0.2, window), 4, 1, "keys")
+        assert record.tokens[i].tolist() == counts
+        torch.testing.assert_close(features.split()[i], expected, atol=1e-6, rtol=1e-6)
+    assert (record.tokens[:, 0] - record.tokens[:, -1]).sum() > 50
+
+
+def test_one_window_is_the_threshold(images):
+    tower = tiny.tower()
+    features, record = vision_tower.patch_tower(tower, LocalThreshold(0.3, 100))(images)
+    expected, other = vision_tower.patch_tower(tower, Threshold(0.3))(images)
+    torch.testing.assert_close(features.x, expected.x)
+    assert torch.equal(record.tokens, other.tokens)
+    assert (record.macs > other.macs).all(), "comparisons of windows are counted"
+
+
+def test_places_are_means_over_patches():
+    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    tokens = Packed(torch.zeros(3, 1), Layout(torch.tensor([3])), torch.tensor([1.0, 3.0, 1.0]), place=places)
+    merged = merge.apply(tokens, matching.Merges(torch.tensor([2]), torch.tensor([1]), torch.tensor([1])))
+    assert merged.place.tolist() == [[0, 0], [0.5, 1.25]]
+
+
+def test_unknown_places_and_bad_numbers_are_named():
+    context = matching.Context(0, 1, 0, torch.eye(4), None, Layout(torch.tensor([4])))
+    with pytest.raises(ValueError, match="places of tokens"):
+        LocalThreshold(0.5, 1).select(context)
+    with pytest.raises(ValueError, match="2 windows for a model of 4 blocks"):
+        vision_tower.patch_tower(tiny.tower(), LocalThreshold(0.5, (1, 2)))
+    with pytest.raises(TypeError, match="window is 'far'"):
+        LocalThreshold(0.5, "far")
+    with pytest.raises(ValueError, match="a side of 1 or more patches"):
+        LocalThreshold(0.5, (2, 0, 2, 2))

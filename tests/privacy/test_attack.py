@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import tokmerge
+import torch
+from tokmerge.data import scenes
+from tokmerge.data.registry import load_images
+from tokmerge.evaluation.inputs import open_inputs
+from tokmerge.io.cache import Cache
+from tokmerge.privacy import attack
+from tokmerge.privacy.defence import Defence
+
+MERGED = Defence("merged", tokmerge.Threshold([0.9] * 12), precision="int8")
+TRAINING = {"steps": 2, "batch_size": 8, "lr": 1e-3, "n_check": 8, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """What 10_inputs writes, for the photos that ship."""
+    folder = tmp_path_factory.mktemp("inputs")
+    ids = {split: load_images("sample", split).ids for split in ("train", "test")}
+    rows = [("search", identifier) for identifier in ids["train"][:100]]
+    rows += [("test", identifier) for identifier in ids["test"][:48]]
+    pd.DataFrame(rows, columns=["split", "id"]).to_parquet(folder / "splits.parquet")
+    params = {"dataset": "sample", "data_path": None, "search_source": "train", "test_source": "test",
+              "model_name": "fashion-vit", "checkpoint": None}  # fmt: skip
+    (folder / "inputs.json").write_text(json.dumps({"params": params}))
+    return open_inputs(folder, "cpu")
+
+
+class Always(torch.nn.Module):
+    """A judge that sees the same class everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.eye(10)[3])
+
+    def forward(self, images):
+        return self.scores.expand(len(images), -1)
+
+
+@pytest.fixture(scope="module")
+def target(inputs):
+    return attack.classifier_target(inputs, "train", 40, 24, batch_size=24, judge=Always())
+
+
+def test_public_images_are_none_of_the_others(target, inputs):
+    taken = inputs.batch("search").images
+    taken = attack.unnormalise(taken, *attack.normalisation(inputs.model)).flatten(1)
+    assert len(taken) == 100
+    distance = torch.cdist(target.public.flatten(1).double(), taken.double())
+    assert distance.min() > 0
+    with pytest.raises(ValueError, match="train, has 156 images besides search and test, not 157"):
+        attack.public_images(inputs, "train", 157)
+
+
+def test_images_survive_the_way_to_pixels_and_back(target, inputs):
+    test = inputs.batch("test", 24)
+    assert torch.allclose(target.normalise(target.originals), test.images, atol=1e-5)
+    assert torch.equal(target.groups, test.labels)
+
+
+def test_an_attack_is_measured_on_every_test_image(target, inputs):
+    found = target.attack("map", MERGED, seed=1, **TRAINING)
+    assert found.rebuilt.shape == (24, 1, 28, 28)
+    assert len(found.table) == 24
+    labels = target.groups.numpy()
+    np.testing.assert_array_equal(found.table.hit, labels == 3)
+    np.testing.assert_allclose(found.table.relative.mean(), 1.0)
+    merged = tokmerge.patch(inputs.model, MERGED.policy, precision="int8")
+    with torch.inference_mode():
+        logits, record = merged(target.normalise(target.originals))
+    assert (found.table.server_hit == (logits.argmax(1).numpy() == labels)).mean() > 0.9
+    # Where float16 tokens merge once more or less than float32 ones, lengths would differ; they do not here.
+    np.testing.assert_array_equal(found.table.bytes, record.payload_bytes)
+    np.testing.assert_array_equal(found.table.tokens, record.tokens[:, -1])
+    again = target.attack("map", MERGED, seed=1, **TRAINING)
+    pd.testing.assert_frame_equal(found.table, again.table)
+
+
+def test_an_attack_is_made_once_and_read_from_then_on(tmp_path):
+    made = attack.Reconstruction(
+        pd.DataFrame({"ssim": [0.5, 0.25]}), pd.DataFrame({"step": [1], "loss": [0.5]}), torch.full((2, 1, 2, 2), 0.6)
+    )
+    cache = Cache(tmp_path, {"seed": 0})
+    for make in (lambda: made, None):
+        found = attack.Reconstruction.cached(cache, "a/b 10 dB", make, 1)
+        pd.testing.assert_frame_equal(found.table, made.table)
+        pd.testing.assert_frame_equal(found.curve, made.curve)
+        assert found.rebuilt.tolist() == [[[[153, 153], [153, 153]]]]
+
+
+def test_tokens_are_intercepted_once_for_a_policy(target, monkeypatch):
+    target.tokens(MERGED)
+    monkeypatch.setattr(target, "edge", None)
+    target.tokens(Defence("merged, int4", MERGED.policy, precision="int4"))
+    with pytest.raises(TypeError):
+        target.tokens(MERGED, split_layer=6)
+
+
+def test_a_judge_that_is_never_right_is_refused(target, monkeypatch):
+    monkeypatch.setattr(target, "hits", lambda images: torch.zeros(len(images)))
+    with pytest.raises(ValueError, match="train it longer"):
+        target.judge_accuracy()
+
+
+def test_a_tower_is_attacked_by_the_same_means():
+    tower = tiny.tower()
+    images = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
+    half = torch.full((3,), 0.5)
+    target = attack.tower_target(tower, -2, images[:16], images[16:], half, half, lambda part: torch.ones(len(part)), 8)
+    found = target.attack("map", Defence("unmerged"), **TRAINING)
+    assert found.rebuilt.shape == (8, 3, 32, 32)
+    assert (found.table.tokens == 64).all()
+    assert "server_hit" not in found.table
+    hidden = tower(target.normalise(target.originals), output_hidden_states=True).hidden_states[-2][:, 1:]
+    sent = target.tokens(Defence("unmerged"))[1]
+    assert torch.allclose(sent.x.float().view(8, 64, -1), hidden, atol=2e-2)
+
+
+def test_scene_hits_are_of_the_cells_that_show_something():
+    kinds = np.full((2, 9), -1)
+    kinds[0, [0, 4]] = 3, 5
+    kinds[1, 8] = 2
+    images = torch.zeros(2, 3, 84, 84)
+    images[0, :, :28, :28] = 0.3  # names itself 3
+    images[0, :, 28:56, 28:56] = 0.4  # names itself 4
+    images[1, :, 56:, 56:] = 0.2
+
+    class Brightness(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes = torch.nn.Parameter(torch.eye(10))
+
+        def forward(self, cells):
+            return self.classes[(cells.mean((1, 2, 3)) * 10).round().long()]
+
+    hits = attack.scene_hits(Brightness(), kinds)
+    assert hits(images).tolist() == [0.5, 1.0]
+    assert hits(images[:1]).tolist() == [0.5]
+    assert scenes.PHOTO == 28
