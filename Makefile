@@ -1,66 +1,78 @@
 # `make repro` rebuilds every figure, `make test` checks everything, `make help` lists the rest.
-# Both set up .venv from the exact pins in constraints.txt on first use.
+# Each sets up .venv from requirements.lock on first use.
 PYTHON ?= python3
+PROFILE ?= embedded
+STUDY ?= $(if $(filter paper,$(PROFILE)),,train_vit train_llava) \
+  search_study imagenet_study vqav2_study channel_study privacy_study
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
-PIPELINE := $(if $(filter paper,$(PROFILE)),params/paper/dvc.yaml,dvc.yaml)
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 # Freed buffers stay with the process: without this the C library returns every large one to the kernel.
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: help setup repro verify report test test-browser fuzz lab bench scale studies lint audit clean
+.PHONY: help setup repro verify site test test-browser fuzz lab bench scale studies lint lock audit clean
 
 help:
-	@echo "make repro         rebuild every result and figure (PROFILE=paper: ImageNet and LLaVA, docs/paper_profile.md)"
+	@echo "make repro         rebuild every result and figure (PROFILE=smoke: minutes, PROFILE=paper: docs/paper_profile.md)"
 	@echo "make verify        compare the rebuilt numbers with the committed ones; fails if one moved too far"
-	@echo "make report        a static site from executed notebooks and figures: results/report/index.html"
-	@echo "make test          lint, types, unit tests, every notebook in its smoke profile"
-	@echo "make test-browser  the report and JupyterLab in a headless Chromium"
+	@echo "make site          a static site from executed notebooks, figures and docstrings: results/site/index.html"
+	@echo "make test          lint, types, unit tests, every notebook with its smoke values"
+	@echo "make test-browser  the site and JupyterLab in a headless Chromium"
 	@echo "make fuzz          decode 126,000 damaged payloads (minutes)"
-	@echo "make setup         .venv from the exact pins (the other commands do it on first use)"
+	@echo "make setup         .venv from requirements.lock (the other commands do it on first use)"
 	@echo "make lab           JupyterLab with the right kernel"
 	@echo "make studies       rerun the frozen stages, training and studies (hours; STUDY=search_study: only this one)"
 	@echo "make bench         images per second and peak memory, printed and saved to results/bench.parquet"
 	@echo "make scale         measure how the cost grows and write docs/scale.md (minutes)"
-	@echo "make audit         known vulnerabilities of the pinned packages (asks pypi.org)"
+	@echo "make lock          requirements.lock and constraints.txt from pyproject.toml, keeping what still fits"
+	@echo "make audit         known vulnerabilities of the pinned packages (asks the package index)"
 	@echo "make lint          ruff, mypy, stripped notebooks (part of make test)"
 	@echo "make clean         remove results and caches; data, figures and .venv stay"
 
 setup: $(READY)
 
-$(READY): constraints.txt pyproject.toml
+$(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt uv
+	uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
+	uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@
 
 repro: $(READY)
 	python -m tokmerge.preflight $(PROFILE)
-	dvc repro $(PIPELINE)
+	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,dvc repro figures@$(PROFILE))
 
 verify: $(READY)
 	python -m tokmerge.verify
 
-report: $(READY) executed/embedded/00_tour.ipynb
-	python -m tokmerge.report $(PROFILE)
+site: $(READY) executed/embedded/00_tour.ipynb
+	python docs/gather.py $(PROFILE) results/site.source
+	rm -rf results/site.new
+	python -m sphinx -q -c docs -d results/site.doctrees -w results/warnings.txt results/site.source results/site.new
+	mv results/warnings.txt results/site.new/
+	rm -rf results/site && mv results/site.new results/site
 
 # The tour makes no table, so it is no stage.
 executed/embedded/00_tour.ipynb: notebooks/00_tour.ipynb
-	mkdir -p $(@D)
-	papermill $< $@ --cwd notebooks -f params/embedded/00_tour.yaml --log-output --no-progress-bar
+	sh notebooks/run.sh embedded 00_tour
 
-# All that the pipeline marks as frozen, which `dvc repro` passes over.
+# What is frozen, and passed over by `dvc repro`: run, and dvc.lock told what it read and wrote.
 studies: $(READY)
-	python -m tokmerge.studies $(or $(PROFILE),embedded) $(STUDY)
+	set -e; for study in $(STUDY); do \
+	  python -m tokmerge.preflight $(PROFILE) $$study; \
+	  sh notebooks/run.sh $(PROFILE) $$(basename notebooks/[0-9][0-9]_$$study.ipynb .ipynb); \
+	  dvc commit -f $$study@$(PROFILE); \
+	done
 
 test: lint
 	pytest -n 2 --dist loadfile --doctest-modules
 	pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
-test-browser: report
+test-browser: site
 	pytest tests/browser
 
 lint: $(READY)
@@ -77,16 +89,23 @@ lab: $(READY)
 	jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks/00_tour.ipynb
 
 bench: $(READY)
-	python -m tokmerge.bench
+	python -m tokmerge.evaluation.timing
 
+# KEEP=1: the shipped measurements stay, the pages are written from them.
 scale: $(READY)
-	python -m tokmerge.scale
+	sh notebooks/run.sh embedded 95_scale $(if $(KEEP),-p measure False)
+
+lock: $(READY)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	  --all-extras --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+	echo '# What requirements.lock pins, without its hashes, for pip and conda. `make lock` writes both.' > constraints.txt
+	sed -n 's/ \\$$//; /^[a-z]/p' requirements.lock >> constraints.txt
 
 # In an environment of its own, so that the auditor's own packages are none of ours; --strict: a package that could not
 # be looked up is a failure, not a pass.
 audit: $(READY)
 	$(PYTHON) -m venv results/audit
-	results/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+	uv pip install --python results/audit/bin/python 'pip-audit>=2.9,<3'
 	python -c 'from importlib.metadata import distributions as d; print(*sorted({f"{x.name}=={x.version}" for x in d() if x.name != "tokmerge"}), sep="\n")' > results/audit/installed.txt
 	results/audit/bin/pip-audit --strict --no-deps --disable-pip -r results/audit/installed.txt
 
