@@ -36,5 +36,5 @@ def need(path: str | Path, made_by: str) -> Path:
     """
     found = resolve(path)
     if not found.exists():
-        raise FileNotFoundError(f"missing input {path}: run notebooks/{made_by}.ipynb first (or `dvc repro`)")
+        raise FileNotFoundError(f"missing input {path}: run notebooks/{made_by}.ipynb first (or `make repro`)")
     return found
