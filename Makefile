@@ -42,9 +42,10 @@ $(READY): requirements.lock pyproject.toml
 	uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@
 
+# Inputs and search first: what a frozen study read must be there when dvc looks at it.
 repro: $(READY)
 	python -m tokmerge.preflight $(PROFILE)
-	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,dvc repro figures@$(PROFILE))
+	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,dvc repro $(patsubst %,%@$(PROFILE),inputs search figures))
 
 verify: $(READY)
 	python -m tokmerge.verify
