@@ -45,7 +45,8 @@ $(READY): requirements.lock pyproject.toml
 # Inputs and search first: what a frozen study read must be there when dvc looks at it.
 repro: $(READY)
 	python -m tokmerge.preflight $(PROFILE)
-	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,dvc repro $(patsubst %,%@$(PROFILE),inputs search figures))
+	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,\
+	  dvc repro inputs@$(PROFILE) search@$(PROFILE) && dvc repro figures@$(PROFILE))
 
 verify: $(READY)
 	python -m tokmerge.verify
