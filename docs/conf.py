@@ -8,14 +8,17 @@ from docutils import nodes
 
 project = html_title = "Adaptive token merging"
 html_theme, html_static_path, html_css_files = "sphinx_book_theme", ["style.css"], ["style.css"]
+html_context = {"default_mode": "auto"}
 html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "collapse_navbar": True}
-html_copy_source = html_show_copyright = html_show_search_summary = False  # a page opened as a file may fetch nothing
+html_use_index = html_domain_indices = html_show_copyright = False
+html_copy_source = html_show_search_summary = False  # a page opened as a file may fetch nothing
 exclude_patterns = ["README.md"]  # index.md holds it
 
 extensions = ["myst_nb", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nb_execution_mode, nb_merge_streams, nb_output_stderr = "off", True, "remove"
 nb_ipywidgets_js = {}  # comes from elsewhere
 myst_heading_anchors, default_role = 3, "code"
+viewcode_follow_imported_members = False  # what the root exports is described where it is defined
 library = {"path": Path(__file__).parents[1] / "lib" / "tokmerge", "destination": "api"}
 apidoc_modules = [{**library, "automodule_options": {"members", "show-inheritance"}}]
 apidoc_separate_modules = apidoc_module_first = napoleon_use_ivar = True

@@ -1,4 +1,4 @@
-"""`tokmerge serve` and `tokmerge edge`: a device and a server that talk over TCP."""
+"""`tokmerge serve` and `tokmerge edge`: a device and a server that talk over HTTP."""
 
 import argparse
 import asyncio
@@ -12,7 +12,7 @@ try:
     from tokmerge.channel.device import payloads, request_answers
     from tokmerge.channel.phy import FADING, LADDER, Channel, send_bytes
     from tokmerge.channel.segmentation import protected_means
-    from tokmerge.channel.server import Responder, Server
+    from tokmerge.channel.server import Responder, Server, identity
     from tokmerge.data import fashion_mnist, image_sets
     from tokmerge.merging.front import load_front
     from tokmerge.merging.policies import Threshold
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="tokmerge", description="Merged tokens from a device to a server.")
     commands = top.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="answer payloads over TCP")
+    serve = commands.add_parser("serve", help="answer payloads over HTTP")
     edge = commands.add_parser("edge", help="send images and print what comes back")
     for command in (serve, edge):
         command.add_argument("--host", default="127.0.0.1")
@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
 
 def load_merged(given: argparse.Namespace, precision: str) -> MergedViT:
     """The model that device and server share."""
-    policy = load_front(given.front).pick(given.max_drop) if given.front else Threshold(given.threshold)
+    policy = load_front(given.front).pick(given.max_drop) if given.front else None
+    if policy is None and given.threshold < 1:
+        policy = Threshold(given.threshold)
     return patch(zoo.load_model(given.model), policy, precision=precision, split_layer=given.split)
 
 
@@ -68,7 +70,7 @@ async def run_server(given: argparse.Namespace) -> None:
     merged = load_merged(given, "int8")
     with torch.inference_mode():
         prototype = protected_means(merged.edge(sample_images(merged, "train").images), merged.model.num_prefix_tokens)
-    server = Server(Responder(merged, prototype))
+    server = Server(Responder(merged, prototype), identity(merged))
     host, port = await server.start(given.host, given.port)
     print(f"serving {given.model}, split after block {given.split}, on {host}:{port}", flush=True)
     try:
@@ -89,7 +91,7 @@ async def run_device(given: argparse.Namespace) -> None:
         arriving = [send_bytes(payload, scheme, channel, given.snr, generator)[0] for payload in sent]
         uses = np.mean([scheme.blocks(len(payload)) * channel.uses(scheme) for payload in sent])
         over = f", {uses:,.0f} channel uses, {given.channel} at {given.snr:g} dB"
-    replies = await request_answers(arriving, given.host, given.port)
+    replies = await request_answers(arriving, given.host, given.port, identity(merged))
     right = [reply.scores is not None and int(reply.scores.argmax()) == label
              for reply, label in zip(replies, batch.labels[: given.images].tolist(), strict=True)]  # fmt: skip
     print(f"{len(sent)} images, {np.mean([len(payload) for payload in sent]):,.0f} bytes each{over}: "

@@ -1,8 +1,6 @@
 """`python -m tokmerge.verify`: are the rebuilt numbers the committed ones?
 
-Compares figures/numbers.json with the one in git, number by number. The first rule whose pattern fits a key says how
-far its number may move. What a clock measured is only reported; what a search found may differ between machines (they
-round differently, and every proposal depends on all measurements before it), but not by much.
+Compares figures/numbers.json with the one in git, number by number; params/tolerances.yaml says how far each may move.
 """
 
 import argparse
@@ -12,9 +10,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from tokmerge.io import paths
 
@@ -28,44 +29,6 @@ class Rule(NamedTuple):
     pattern: str
     tolerance: float
     why: str
-
-
-RULES = (
-    Rule("*minutes*", inf, "a clock's"),
-    Rule("*speedup*", inf, "a clock's"),
-    Rule("*per_second*", inf, "a clock's"),
-    Rule("*off_overhead*", inf, "a clock's"),
-    Rule("*_share", inf, "a clock's"),
-    Rule("repro.*", inf, "this machine's"),
-    Rule("*.n_*", 0, "a count"),
-    Rule("*evaluations_to_match*", 8, "evaluations"),
-    Rule("*dataset", 0, "a name"),
-    Rule("privacy.bytes.*", 0, "bytes of a table that ships"),
-    Rule("privacy.*.unmerged", 0.005, "of a table that ships"),
-    Rule("privacy.matched.*", 0.03, "a share of few images"),
-    Rule("privacy.ssim.*", 0.02, "a similarity"),
-    Rule("*_pp", 0.5, "points of accuracy"),
-    Rule("*top1*", 0.005, "an accuracy, half a point"),
-    Rule("*accuracy*", 0.02, "an accuracy of few images"),
-    Rule("*drop", 0.005, "an accuracy, half a point"),
-    Rule("vqav2.*unmerged", 0.005, "an accuracy, half a point"),
-    Rule("*drop_ci95", 0.005, "half an interval"),
-    Rule("*spearman*", 0.1, "a rank correlation of what a search found"),
-    Rule("imagenet.sent.class_token*", 0, "a count"),
-    Rule("imagenet.sent.*", 200, "bytes of what a search found"),
-    Rule("*hypervolume*", 0.02, "what a search found"),
-    Rule("search.best_*", 0.05, "what a search found"),
-    Rule("imagenet.*ratio", 0.05, "what a search found"),
-    Rule("imagenet.best_*", 0.02, "what a search found"),
-    Rule("imagenet.ours.front.*", 0.02, "what a search found"),
-    Rule("vqav2.*ratio", 0.05, "what a search found"),
-    Rule("*hv64_fraction*", 0.02, "a ratio"),
-    Rule("*ratio*", 0.02, "a ratio"),
-    Rule("*.macs_at_*", 0.02, "a ratio"),
-    Rule("*.bytes_at_*", 0.02, "a ratio"),
-    Rule("*gain_db*", 0.5, "decibels"),
-)
-OTHERWISE = Rule("*", 0.02, "no rule of its own")
 
 
 @dataclass(frozen=True)
@@ -96,13 +59,19 @@ class Difference:
         return f"{'MOVED' if self.beyond else '     '} {self.key}: {said}"
 
 
+@cache
+def rules() -> tuple[Rule, ...]:
+    """All rules, the first that fits holds, the last fits everything."""
+    return tuple(Rule(**rule) for rule in yaml.safe_load((paths.root() / "params" / "tolerances.yaml").read_text()))
+
+
 def rule_of(key: str) -> Rule:
     """The first rule that fits a key.
 
     >>> rule_of("inputs.top1").tolerance, rule_of("search.minutes_64").tolerance, rule_of("inputs.n_images").tolerance
     (0.005, inf, 0)
     """
-    return next((rule for rule in RULES if fnmatchcase(key, rule.pattern)), OTHERWISE)
+    return next(rule for rule in rules() if fnmatchcase(key, rule.pattern))
 
 
 def compare(before: Mapping[str, Number], after: Mapping[str, Number]) -> list[Difference]:

@@ -44,37 +44,28 @@ def test_in_this_process_jobs_end_one_by_one_and_nothing_is_made_anew():
         assert next(run(jobs(0.6, 0.7)))[0] == "at 0.6"
 
 
-def check(run, alone, folder, death):
-    """What one process gives, though a worker dies; a job that kills every worker fails, and only that one."""
-    some = jobs(0.6, 0.7, 0.8, 0.95)
-    assert results(run, some) == {key: toy.measure(job) for key, job in some.items()}
-    assert (folder / "log.died").exists(), "one of the workers was killed"
-    assert search_with(run, folder / "search").equals(alone)
-    good, bad = results(run, jobs(0.6, toy.DEADLY)).values()
-    assert good == toy.measure(some["at 0.6"])
-    assert isinstance(bad, death)
-
-
-def test_processes(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "ATTEMPTS", 2)
-    with workers.start(toy.measure, partial(toy.make_mortal, tmp_path / "log", 1), n_workers=2) as run:
-        check(run, alone, tmp_path, workers.BrokenProcessPool)
-
-
 @pytest.fixture
 def cluster():
     """A real Ray on this machine, with the tests' own module sent along."""
     ray.cloudpickle.register_pickle_by_value(toy)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield "local"
+    yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(toy)
 
 
-def test_ray(alone, cluster, tmp_path, monkeypatch):
+def test_workers_give_what_one_process_gives_though_one_dies_and_a_deadly_job_fails_alone(
+    alone, cluster, tmp_path, monkeypatch
+):
     monkeypatch.setattr(workers, "ATTEMPTS", 2)
-    with workers.start(toy.measure, partial(toy.make_mortal, tmp_path / "log", 1), 2, cluster) as run:
-        check(run, alone, tmp_path, ray.exceptions.RayError)
+    some, log = jobs(0.6, 0.7, 0.8, 0.95), tmp_path / "log"
+    with workers.start(toy.measure, partial(toy.make_mortal, log, 1), n_workers=2) as run:
+        assert results(run, some) == {key: toy.measure(job) for key, job in some.items()}
+        assert (tmp_path / "log.died").exists(), "one of the workers was killed"
+        assert search_with(run, tmp_path / "search").equals(alone)
+        good, bad = results(run, jobs(0.6, toy.DEADLY)).values()
+    assert good == toy.measure(some["at 0.6"])
+    assert isinstance(bad, ray.exceptions.RayError)
 
 
 def test_a_failed_piece_is_named_and_the_next_run_makes_only_what_is_missing(tmp_path):

@@ -1,16 +1,19 @@
-"""The device: images become payloads, which go over TCP to the server."""
+"""The device: images become payloads, which go over HTTP to the server."""
 
 import asyncio
+import json
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import aiohttp
 import numpy as np
 import torch
 from torch import Tensor
+from yarl import URL
 
 from tokmerge.channel.segmentation import LINK_CHUNK, encode_payloads
-from tokmerge.channel.server import ANSWER, REQUEST, Message, MessageError, read_message
+from tokmerge.channel.server import IDENTITY
 from tokmerge.models.vit import MergedViT
 
 
@@ -29,64 +32,50 @@ def payloads(merged: MergedViT, images: Tensor, chunk_tokens: int = LINK_CHUNK) 
 
 
 async def request_answers(
-    payloads: Sequence[bytes], host: str, port: int, window: int = 16, timeout_s: float = 30.0, attempts: int = 3
-) -> list[Reply]:
-    """Send payloads and wait for every answer.
-
-    After a dropped connection those not yet answered are sent again; an answer that comes twice counts once.
+    payloads: Sequence[bytes], host: str, port: int, identity: Mapping[str, Any], window: int = 16,
+    timeout_s: float = 30.0, attempts: int = 3,
+) -> list[Reply]:  # fmt: skip
+    """Send payloads and wait for every answer, in order; what was not answered is sent again.
 
     Args:
         payloads, host, port: what arrives of each image, and where.
-        window, timeout_s: most requests under way; longest wait for the next answer.
-        attempts: connections to try, each after the one before has broken down.
+        identity: of the device's model, see `tokmerge.channel.server.identity`.
+        window, timeout_s: most requests under way; longest wait for an answer.
+        attempts: to have a payload answered.
 
     Raises:
-        ConnectionError: unanswered payloads are left after the last attempt; the message says how many and why.
+        ConnectionError: the server runs something else, or payloads are unanswered after the last attempt.
     """
-    replies: dict[int, Reply] = {}
-    why: Exception | None = None
-    for _ in range(attempts):
-        try:
-            await _exchange(payloads, replies, host, port, window, timeout_s)
-        except (OSError, MessageError, TimeoutError) as error:
-            why = error
-        if len(replies) == len(payloads):
-            return [replies[request] for request in range(len(payloads))]
-    raise ConnectionError(
-        f"{len(payloads) - len(replies)} of {len(payloads)} payloads unanswered by {host}:{port} after {attempts} "
-        f"connections: {why or 'the server closed the connection'}"
-    )
+    permits, timeout = asyncio.Semaphore(window), aiohttp.ClientTimeout(total=timeout_s)
+    url, headers = URL.build(scheme="http", host=host, port=port), {IDENTITY: json.dumps(dict(identity))}
 
+    async def ask(session: aiohttp.ClientSession, payload: bytes) -> Reply | str:
+        why = ""
+        for _ in range(attempts):
+            async with permits:
+                start = time.monotonic()
+                try:
+                    async with session.post("/answers", data=payload) as response:
+                        body = await response.read()
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    why = str(error) or f"no answer within {timeout_s:g} s"
+                    continue
+            seconds = time.monotonic() - start
+            if response.status == 200:
+                return Reply(np.frombuffer(body, "<f4").astype(np.float32), "", seconds)
+            why = body.decode(errors="replace")
+            if response.status == 409:
+                raise ConnectionError(why)
+            if response.status != 503:
+                return Reply(None, why, seconds)
+            await asyncio.sleep(0.1)
+        return why
 
-async def _exchange(
-    payloads: Sequence[bytes], replies: dict[int, Reply], host: str, port: int, window: int, timeout_s: float
-) -> None:
-    """One connection: send what has no reply yet, take replies until all are there or the connection ends."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_s)
-    permits, started = asyncio.Semaphore(window), dict[int, float]()
-
-    async def send() -> None:
-        for request in [one for one in range(len(payloads)) if one not in replies]:
-            await permits.acquire()
-            started[request] = time.monotonic()
-            writer.write(bytes(Message(request, REQUEST, payloads[request])))
-            await writer.drain()
-
-    sender = asyncio.create_task(send())
-    try:
-        while len(replies) < len(payloads):
-            message = await asyncio.wait_for(read_message(reader, 1 << 20, timeout_s), timeout_s)
-            if message is None:
-                return
-            if message.request not in started or message.request in replies:
-                raise MessageError(message.request, f"an answer to request {message.request}, which is not open")
-            seconds = time.monotonic() - started[message.request]
-            if message.kind == ANSWER:
-                scores = np.frombuffer(message.body, ">f4").astype(np.float32)
-                replies[message.request] = Reply(scores, "", seconds)
-            else:
-                replies[message.request] = Reply(None, message.body.decode(errors="replace"), seconds)
-            permits.release()
-    finally:
-        sender.cancel()
-        writer.close()
+    async with aiohttp.ClientSession(url, headers=headers, timeout=timeout) as session:
+        answers = await asyncio.gather(*(ask(session, payload) for payload in payloads))
+    replies = [answer for answer in answers if isinstance(answer, Reply)]
+    if lost := [answer for answer in answers if isinstance(answer, str)]:
+        raise ConnectionError(
+            f"{len(lost)} of {len(payloads)} payloads unanswered by {host}:{port} after {attempts} attempts: {lost[0]}"
+        )
+    return replies

@@ -1,72 +1,41 @@
-"""The server: payloads come in over TCP, predictions go out.
+"""The server: payloads come in over HTTP, predictions go out.
 
-A message is its length (4 bytes, of what follows), a request id (8 bytes), a kind (1 byte) and a body, all big-endian:
+    POST /answers   a payload of `tokmerge.wire`; header `IDENTITY`: what the device runs, see `identity`
 
-    REQUEST  a payload of `tokmerge.wire`         device to server
-    ANSWER   one float32 score per class          server to device
-    FAILURE  what was wrong, UTF-8                server to device
+    200   one little-endian float32 score per class
+    409   device and server do not run the same: the text says what differs
+    422   the payload cannot be decoded or is not of this model, or its scores are not finite: the text says why
+    503   too many requests are under way
 
-Every request is answered once, in any order. A payload that cannot be decoded is answered with a FAILURE and the
-connection goes on; after a message that is no request or too long nothing on that connection can be trusted, so it is
-closed. Requests of all connections that wait at the same time share one forward pass.
+Requests of all connections that wait at the same time share one forward pass.
 """
 
 import asyncio
-import contextlib
-import struct
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from aiohttp import web
 from torch import Tensor
 
 from tokmerge import wire
 from tokmerge.channel.segmentation import conceal, travel_order
 from tokmerge.merging.packed import Layout, Packed, join
+from tokmerge.models.merged import digest_weights
 from tokmerge.models.vit import MergedViT
 
-REQUEST, ANSWER, FAILURE = 1, 2, 3
+IDENTITY = "Tokmerge-Identity"
 MAX_BATCH = 32  # payloads per forward pass
-_HEAD = struct.Struct(">IQB")
 
 
-class MessageError(ValueError):
-    """What came is no message, or none that is accepted."""
-
-    def __init__(self, request: int, why: str) -> None:
-        super().__init__(why)
-        self.request = request
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message: request id, kind, body."""
-
-    request: int
-    kind: int
-    body: bytes
-
-    def __bytes__(self) -> bytes:
-        return _HEAD.pack(_HEAD.size - 4 + len(self.body), self.request, self.kind) + self.body
-
-
-async def read_message(reader: asyncio.StreamReader, max_bytes: int, timeout_s: float) -> Message | None:
-    """The next message, of at most so many bytes and seconds once begun; None where the connection ends between two."""
-    first = await reader.read(1)
-    if not first:
-        return None
-    request = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            length, request, kind = _HEAD.unpack(first + await reader.readexactly(_HEAD.size - 1))
-            size = length - (_HEAD.size - 4)
-            if not 0 <= size <= max_bytes:
-                raise MessageError(request, f"a message of {size} bytes: at most {max_bytes} are accepted")
-            return Message(request, kind, await reader.readexactly(size))
-    except asyncio.IncompleteReadError as error:
-        raise MessageError(request, "the connection ended within a message") from error
-    except TimeoutError as error:
-        raise MessageError(request, f"a message took longer than {timeout_s:g} s") from error
+def identity(merged: MergedViT) -> dict[str, Any]:
+    """What device and server must agree on: wire version, split, and digests of weights and policy."""
+    policy, weights = merged.policy, digest_weights(merged.model)
+    merges = policy is not None and any(map(policy.active, range(merged.depth)))
+    how = hashlib.sha256(repr(policy).encode()).hexdigest()[:12] if merges else None
+    return {"wire": wire.VERSION, "weights": weights, "split": merged.split_layer, "policy": how}
 
 
 @dataclass(frozen=True)
@@ -114,48 +83,48 @@ class Responder:
         if opened:
             tokens, received = zip(*(results[index] for index in opened), strict=True)
             for index, scores in zip(opened, self.classify(join(tokens), torch.cat(received)), strict=True):
-                results[index] = scores.float()
+                finite = bool(scores.isfinite().all())
+                results[index] = scores.float() if finite else ValueError("values too large: no finite scores")
         return results
 
 
 class Server:
-    """Answers requests over TCP.
+    """Answers requests over HTTP.
 
     Args:
         responder: what does the work.
-        max_bytes, message_s: longest message, in bytes and from its first to its last byte.
-        max_clients: connections at once; further ones are closed at once.
-        idle_s: a connection on which nothing comes for so long is closed.
-        window: most requests of one connection under way; further ones wait.
+        identity: what it runs, see `identity`.
+        max_bytes, body_s: longest payload, in bytes and from its first to its last byte.
+        max_waiting: most requests under way; further ones are turned away.
 
     Attributes:
-        answered, failed, refused: requests answered, requests answered with a FAILURE, connections turned away.
+        answered, failed: requests answered with scores, and with what was wrong.
     """
 
     def __init__(
-        self, responder: Responder, max_bytes: int = 1 << 20, max_clients: int = 256, idle_s: float = 60.0,
-        message_s: float = 10.0, window: int = 64,
+        self, responder: Responder, identity: dict[str, Any], max_bytes: int = 1 << 20, body_s: float = 10.0,
+        max_waiting: int = 256,
     ) -> None:  # fmt: skip
-        self.responder, self.max_bytes, self.max_clients = responder, max_bytes, max_clients
-        self.idle_s, self.message_s, self.window = idle_s, message_s, window
-        self.answered = self.failed = self.refused = 0
-        self._clients: set[asyncio.Task[None]] = set()
+        self.responder, self.identity, self.body_s, self.max_waiting = responder, identity, body_s, max_waiting
+        self.answered = self.failed = self._waiting = 0
+        app = web.Application(client_max_size=max_bytes)
+        app.router.add_post("/answers", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
         """Listen; returns the address, with the port that was free if 0 was asked for."""
-        # A full queue makes connections wait, and TCP makes their devices wait.
-        self._queue: asyncio.Queue[tuple[Message, asyncio.Queue[Message]]] = asyncio.Queue(4 * MAX_BATCH)
+        self._queue: asyncio.Queue[tuple[bytes, asyncio.Future[Any]]] = asyncio.Queue()
         self._worker = asyncio.create_task(self._work())
-        self._server = await asyncio.start_server(self._connected, host, port)
-        found, free, *_ = self._server.sockets[0].getsockname()
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+        found, free, *_ = self._runner.addresses[0]
         return str(found), int(free)
 
     async def stop(self) -> None:
         """Close every connection and stop."""
-        self._server.close()
-        for task in (*self._clients, self._worker):
-            task.cancel()
-        await asyncio.gather(*self._clients, self._worker, return_exceptions=True)
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+        await self._runner.cleanup()
 
     async def _work(self) -> None:
         while True:
@@ -163,69 +132,43 @@ class Server:
             while len(waiting) < MAX_BATCH and not self._queue.empty():
                 waiting.append(self._queue.get_nowait())
             try:
-                results = await asyncio.to_thread(self.responder.answer, [message.body for message, _ in waiting])
+                results = await asyncio.to_thread(self.responder.answer, [payload for payload, _ in waiting])
             except Exception as error:  # one batch's trouble must not end the service
                 results = [error] * len(waiting)
-            for (message, out), result in zip(waiting, results, strict=True):
-                out.put_nowait(self._reply(message.request, result))
+            for (_, future), result in zip(waiting, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
 
-    def _reply(self, request: int, result: Tensor | Exception) -> Message:
-        """What goes back, and is counted."""
-        if isinstance(result, Exception):
-            self.failed += 1
-            return Message(request, FAILURE, str(result).encode())
-        self.answered += 1
-        return Message(request, ANSWER, result.numpy().astype(">f4").tobytes())
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= self.max_clients:
-            self.refused += 1
-            writer.close()
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        out: asyncio.Queue[Message] = asyncio.Queue()
-        # One permit per request under way: who does not read answers cannot go on asking.
-        permits = asyncio.Semaphore(self.window)
-        sender = asyncio.create_task(_send(out, writer, permits))
+    async def _answer(self, request: web.Request) -> web.Response:
+        if differing := _differences(request.headers.get(IDENTITY, ""), self.identity):
+            return self._refuse(409, f"device and server do not run the same: {differing}")
+        if self._waiting >= self.max_waiting:
+            return self._refuse(503, f"{self._waiting} requests are under way")
+        self._waiting += 1
         try:
-            await self._listen(reader, out, permits)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.idle_s):
-                    for _ in range(self.window):  # until everything taken is answered
-                        await permits.acquire()
-        except asyncio.CancelledError:
-            pass  # the server stops; a task that ends cancelled is logged as an error by asyncio's streams
+            async with asyncio.timeout(self.body_s):
+                payload = await request.read()
+            future = asyncio.get_running_loop().create_future()
+            self._queue.put_nowait((payload, future))
+            result = await future
+        except TimeoutError:
+            return self._refuse(408, f"a payload took longer than {self.body_s:g} s")
         finally:
-            self._clients.discard(task)
-            sender.cancel()
-            writer.close()
+            self._waiting -= 1
+        if isinstance(result, Exception):
+            return self._refuse(422 if isinstance(result, ValueError) else 500, str(result))
+        self.answered += 1
+        return web.Response(body=result.numpy().astype("<f4").tobytes())
 
-    async def _listen(
-        self, reader: asyncio.StreamReader, out: asyncio.Queue[Message], permits: asyncio.Semaphore
-    ) -> None:
-        """Take requests until the connection ends, one way or another."""
-        try:
-            while message := await asyncio.wait_for(read_message(reader, self.max_bytes, self.message_s), self.idle_s):
-                if message.kind != REQUEST:
-                    raise MessageError(message.request, f"a message of kind {message.kind}: only requests are accepted")
-                await asyncio.wait_for(permits.acquire(), self.idle_s)
-                await self._queue.put((message, out))
-        except MessageError as error:
-            reply = self._reply(error.request, error)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(permits.acquire(), self.idle_s)
-                out.put_nowait(reply)
-        except (TimeoutError, ConnectionError):
-            pass
+    def _refuse(self, status: int, why: str) -> web.Response:
+        self.failed += 1
+        return web.Response(status=status, text=why)
 
 
-async def _send(out: asyncio.Queue[Message], writer: asyncio.StreamWriter, permits: asyncio.Semaphore) -> None:
-    """Write messages as they come; after the other side has gone, let them pass."""
-    while True:
-        message = await out.get()
-        with contextlib.suppress(ConnectionError):
-            writer.write(bytes(message))
-            await writer.drain()
-        permits.release()
+def _differences(told: str, own: dict[str, Any]) -> str:
+    """What is not the same in a device's header and the server's own identity; empty if all is."""
+    try:
+        other = dict(json.loads(told))
+    except ValueError:
+        return "the device does not say what it runs"
+    return ", ".join(f"{key} {other.get(key)} there, {own[key]} here" for key in own if other.get(key) != own[key])

@@ -1,19 +1,15 @@
-"""Where work is done: in this process, in several on this machine, or on a Ray cluster; and long work in shards.
+"""Where work is done: in this process, or by Ray, on this machine or a cluster; and long work in shards.
 
-All three are a function from jobs by key to (key, result, seconds), in the order in which they end. Work that raises
-has its exception as the result; when a worker dies, its job is done again. A shard is a stretch of images or questions
-under one configuration: a file once it is done, whoever does it and in whichever run. Rows do not depend on shards.
+Both are a function from jobs by key to (key, result, seconds), in the order in which they end. Work that raises has its
+exception as the result; when a worker dies, its job is done again. A shard is a stretch of images or questions under
+one configuration: a file once it is done, whoever does it and in whichever run. Rows do not depend on shards.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
@@ -22,15 +18,14 @@ from tqdm.auto import tqdm
 
 from tokmerge.io import store
 from tokmerge.io.cache import Cache, digest
+from tokmerge.io.extras import extra
 from tokmerge.models.configuration import Configuration, to_json
 
 Work = Callable[[Any], Any]
 Done = tuple[Any, Any, float]
 Run = Callable[[Mapping[Any, Any]], Iterator[Done]]
-Submit = Callable[[Any], Future[tuple[Any, float]]]
 # Times that a job is begun whose worker dies, before it counts as failed.
 ATTEMPTS = 3
-_work: Work
 
 
 def start(
@@ -42,23 +37,23 @@ def start(
         work: what is done with a job, where everything stays in this process.
         factory: makes it elsewhere; called once in every worker, so it must be importable there (a function of a
             module, or `functools.partial` of one).
-        n_workers: how many; each gets its share of the cores, and a GPU where there are any. With 1 and no cluster,
+        n_workers: how many; each gets its share of the cores, and a GPU where there are any. With 1 and no address,
             everything stays in this process.
-        ray_address: of a Ray cluster ("auto", "ray://host:10001", or "local" for one on this machine); needs the extra
-            ``tokmerge[ray]``.
+        ray_address: of a Ray cluster ("auto", "ray://host:10001"); None: several workers are those of a Ray that is
+            started on this machine. Ray comes with the extra ``tokmerge[ray]``.
 
     Returns:
         A context whose value is a function: jobs by key -> (key, result, seconds), in the order in which they end.
 
     Raises:
         ValueError: fewer than one worker.
-        ModuleNotFoundError: an address was given, but Ray is not installed.
+        ModuleNotFoundError: Ray is needed, but not installed.
     """
     if n_workers < 1:
         raise ValueError(f"n_workers is {n_workers}: at least one is needed")
-    if ray_address is not None:
-        return _cluster(factory, n_workers, ray_address)
-    return _processes(factory, n_workers) if n_workers > 1 else nullcontext(here(work))
+    if n_workers == 1 and ray_address is None:
+        return nullcontext(here(work))
+    return _ray(factory, n_workers, ray_address or "local")
 
 
 def here(work: Work) -> Run:
@@ -151,87 +146,36 @@ def _attempt(work: Work, job: Any) -> tuple[Any, float]:
     return result, time.monotonic() - begin
 
 
-def _set_up(factory: Callable[[], Work], threads: int, number: int) -> None:
-    global _work
-    torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        # With more workers than GPUs they share.
-        torch.cuda.set_device(number % torch.cuda.device_count())
-    _work = factory()
-
-
-def _attempt_set_up(job: Any) -> tuple[Any, float]:
-    return _attempt(_work, job)
-
-
 def _threads(n_workers: int) -> int:
     return max(1, (os.cpu_count() or 1) // n_workers)
 
 
-def _share_out(
-    jobs: Mapping[Any, Any], submits: Sequence[Submit], death: type[Exception], attempts: int
-) -> Iterator[Done]:
-    """A job at a time to each of the workers; one whose worker dies is begun again."""
-    idle, waiting = list(submits), [(key, 1) for key in jobs]
-    busy: dict[Future[tuple[Any, float]], tuple[Any, int, Submit]] = {}
-    while waiting or busy:
-        while waiting and idle:
-            (key, attempt), submit = waiting.pop(0), idle.pop()
-            busy[submit(jobs[key])] = (key, attempt, submit)
-        for future in wait(busy, return_when=FIRST_COMPLETED).done:
-            key, attempt, submit = busy.pop(future)
-            idle.append(submit)
-            if not isinstance(error := future.exception(), death):
-                yield key, *future.result()
-            elif attempt < attempts:
-                waiting.append((key, attempt + 1))
-            else:
-                yield key, error, 0.0
-
-
-class _Process:
-    """A process that is started again when it has died."""
-
-    def __init__(self, *settings: Any) -> None:
-        # Spawned, because a fork would copy torch's threads in whatever state they are.
-        self._start = partial(ProcessPoolExecutor, 1, get_context("spawn"), _set_up, settings)
-        self.executor = self._start()
-
-    def submit(self, job: Any) -> Future[tuple[Any, float]]:
-        try:
-            return self.executor.submit(_attempt_set_up, job)
-        except BrokenProcessPool:
-            self.executor = self._start()
-            return self.executor.submit(_attempt_set_up, job)
-
-
 @contextmanager
-def _processes(factory: Callable[[], Work], n_workers: int) -> Iterator[Run]:
-    processes = [_Process(factory, _threads(n_workers), number) for number in range(n_workers)]
-    try:
-        yield lambda jobs: _share_out(jobs, [process.submit for process in processes], BrokenProcessPool, ATTEMPTS)
-    finally:
-        for process in processes:
-            process.executor.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _cluster(factory: Callable[[], Work], n_workers: int, address: str) -> Iterator[Run]:
-    try:
+def _ray(factory: Callable[[], Work], n_workers: int, address: str) -> Iterator[Run]:
+    with extra("ray"):
         import ray
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a Ray address was given: pip install 'tokmerge[ray]'") from error
 
     class Worker:
-        def __init__(self, factory: Callable[[], Work], threads: int) -> None:
+        def __init__(self, threads: int) -> None:
             torch.set_num_threads(threads)
             self.work = factory()
 
         def attempt(self, job: Any) -> tuple[Any, float]:
             return _attempt(self.work, job)
 
-    def submit(worker: Any, job: Any) -> Future[tuple[Any, float]]:
-        return worker.attempt.remote(job).future()
+    def run(jobs: Mapping[Any, Any]) -> Iterator[Done]:
+        waiting, idle, busy = list(jobs), list(workers), dict[Any, Any]()
+        while waiting or busy:
+            while waiting and idle:
+                key, worker = waiting.pop(0), idle.pop()
+                busy[worker.attempt.remote(jobs[key])] = key, worker
+            (ended,), _ = ray.wait(list(busy))
+            key, worker = busy.pop(ended)
+            idle.append(worker)
+            try:
+                yield key, *ray.get(ended)
+            except ray.exceptions.RayError as error:
+                yield key, error, 0.0
 
     ours = not ray.is_initialized()
     if ours:
@@ -240,9 +184,8 @@ def _cluster(factory: Callable[[], Work], n_workers: int, address: str) -> Itera
         # A worker to a GPU, where there are any.
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         kind = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1, num_gpus=gpus)(Worker)
-        submits = [partial(submit, kind.remote(factory, _threads(n_workers))) for _ in range(n_workers)]
-        # Ray itself begins a job again.
-        yield lambda jobs: _share_out(jobs, submits, ray.exceptions.RayError, 1)
+        workers = [kind.remote(_threads(n_workers)) for _ in range(n_workers)]
+        yield run
     finally:
         if ours:
             ray.shutdown()

@@ -7,8 +7,11 @@ One layer (pre-norm):
     x = x + mlp(norm2(x))           on the survivors
 """
 
+import hashlib
+from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokmerge.merging import merge
@@ -37,7 +40,7 @@ class MergedModel(nn.Module):
             raise RuntimeError("token merging is for inference: call .eval() first")
 
 
-class MergedTransformer(MergedModel):
+class MergedTransformer(MergedModel, ABC):
     """A vision transformer whose tokens merge layer by layer; subclasses know its layers."""
 
     def __init__(self, model: nn.Module, policy: Policy | None, depth: int, protected: int) -> None:
@@ -46,13 +49,13 @@ class MergedTransformer(MergedModel):
         self.depth = depth  #: layers that are run
         self.protected = protected  #: leading tokens that never merge
 
+    @abstractmethod
     def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
         """What a layer's attention adds, (T, D), and its queries, keys and values (T, 3, H, d)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds: (T, D) -> (T, D)."""
-        raise NotImplementedError
 
     def run_layers(self, tokens: Packed, layers: range) -> tuple[Packed, list[Tensor]]:
         """The tokens after these layers, and the (B,) counts that entered each."""
@@ -77,3 +80,16 @@ def check_policy(name: str, policy: Policy | None, depth: int) -> None:
     if not isinstance(policy, Policy):
         raise TypeError(f"{name} is a {type(policy).__name__}: use a policy such as tokmerge.Threshold(0.9), or None")
     policy.check(depth)
+
+
+def digest_weights(model: nn.Module) -> str:
+    """Twelve hex digits that tell a model's weights (names, types, shapes and values) from others.
+
+    >>> digest_weights(nn.Identity())
+    'e3b0c44298fc'
+    """
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
