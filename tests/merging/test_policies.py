@@ -1,153 +1,238 @@
+"""Every policy against its definition, image by image and token by token; `LocalThreshold` has a file of its own."""
+
+import itertools
+import math
+from functools import partial
+
+import checks
+import numpy as np
 import pytest
+import reference
+import tiny
+import tokmerge
 import torch
-from tokmerge.merging import matching
-from tokmerge.merging.calibration import Calibration, Observed, best_similarities, observe
+from conftest import build
+from tokmerge import Threshold, TopR
 from tokmerge.merging.matching import Context
+from tokmerge.merging.notation import policy_from_json, policy_to_json
 from tokmerge.merging.packed import Layout
-from tokmerge.merging.policies import PiToMe, Threshold, TopR
-from torch.nn import functional as F
+from tokmerge.merging.peers import OutlierMerging
+from tokmerge.models import vision_tower
 
-LENGTHS = [9, 4, 2, 14]
-
-
-def make_context(layer=1, depth=4, protected=1, lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    metric = torch.randn(sum(lengths), 6, generator=generator) + 1
-    return Context(layer, depth, protected, F.normalize(metric, dim=-1), None, Layout(torch.tensor(lengths)))
+MEANS, DEVIATIONS = (0.5, 0.6, 0.4, 0.5), (0.2, 0.3, 0.1, 0.2)
 
 
-def pairs_by_image(context):
-    """{image: {a: (similarity, b)}} with rows of the packed batch, by loops."""
-    result, first = {}, 0
-    for image, n in enumerate(context.layout.lengths.tolist()):
-        free = range(first + context.protected, first + n)
-        result[image] = {}
-        for a in list(free)[0::2]:
-            scores = {b: float(context.metric[a] @ context.metric[b]) for b in list(free)[1::2]}
-            if scores:
-                b = max(scores, key=lambda b: scores[b])
-                result[image][a] = (scores[b], b)
-        first += n
-    return result
+def pitome(layer):
+    metric, free, margin = layer.heads.mean(0), range(1, len(layer.sizes)), 0.75 * (1 - layer.index / 4)
+    cosine = torch.nn.functional.cosine_similarity(metric[:, None], metric[None], dim=2).tolist()
+    energy = {}
+    for i in free:
+        others = [cosine[i][j] - margin for j in free if j != i]
+        energy[i] = sum(x if x > 0 else math.expm1(x) for x in others) / max(len(others), 1)
+    r = min([9, 0, 5, 100][layer.index], len(free) // 2)
+    order = sorted(free, key=lambda i: -energy[i])[: 2 * r]
+    return {"pairs": [(a, max(order[1::2], key=lambda b: cosine[a][b])) for a in order[::2]]}
 
 
-def as_pairs(merges):
-    return sorted(zip(merges.src.tolist(), merges.dst.tolist(), strict=True))
+def tofu(layer):
+    return {"pairs": reference.largest(layer.matches, [7, 0, 5, 30][layer.index]), "keep_norm": True}
 
 
-@pytest.mark.parametrize("tau", [-1.0, 0.5, 0.7, 0.9, 0.999])
-def test_threshold_takes_every_pair_above_it(tau):
-    context = make_context()
-    expected = [(a, b) for pairs in pairs_by_image(context).values() for a, (c, b) in pairs.items() if c > tau]
-    assert as_pairs(Threshold([1.0, tau, 1.0, 1.0]).select(context)) == sorted(expected)
-    assert as_pairs(Threshold(tau).select(context)) == sorted(expected)
+def capped(layer):
+    above = {a: pair for a, pair in layer.matches.items() if pair[0] > [0.3, 1.0, 0.5, 0.2][layer.index]}
+    return {"pairs": reference.largest(above, [4, 9, 100, 6][layer.index]) if layer.index != 1 else []}
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 100])
-def test_top_r_takes_the_most_similar_pairs_of_each_image(r):
-    context = make_context()
-    expected = []
-    for pairs in pairs_by_image(context).values():
-        best = sorted(pairs, key=lambda a: -pairs[a][0])[:r]
-        expected += [(a, pairs[a][1]) for a in best]
-    assert as_pairs(TopR(r).select(context)) == sorted(expected)
+def relative(layer):
+    values = [c for c, _ in layer.matches.values()]
+    level = np.mean(values) + [0.5, -0.3, math.inf, 0.0][layer.index] * np.std(values)
+    return {"pairs": [(a, b) for a, (c, b) in layer.matches.items() if c > level]}
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
-@pytest.mark.parametrize("r", [1, 3, 50])
-def test_pitome_equals_its_definition_image_by_image(r, layer):
-    context = make_context(layer=layer)
-    margin = 0.75 * (1 - layer / 4)
-    expected, first = [], 0
-    for n in LENGTHS:
-        free = list(range(first + 1, first + n))
-        energy = {}
-        for i in free:
-            others = [float(context.metric[i] @ context.metric[j]) - margin for j in free if j != i]
-            elu = [x if x > 0 else float(torch.tensor(x).exp()) - 1 for x in others]
-            energy[i] = sum(elu) / max(len(elu), 1)
-        order = sorted(free, key=lambda i: -energy[i])[: 2 * min(r, len(free) // 2)]
-        set_a, set_b = order[0::2], order[1::2]
-        for a in set_a:
-            expected.append((a, max(set_b, key=lambda b: float(context.metric[a] @ context.metric[b]))))
-        first += n
-    assert as_pairs(PiToMe(r).select(context)) == sorted(expected)
+def adamerge(layer):
+    pairs = layer.matches
+    mean = sum(c for c, _ in pairs.values()) / len(pairs)
+    z = (mean - MEANS[layer.index]) / DEVIATIONS[layer.index]
+    r = math.floor([12, 8, 6, 4][layer.index] / (1 + math.exp(-1.5 * z)))
+    peak = max(layer.attention[1:])
+    salience = [min(max(value / peak, 1e-6), 1.0) for value in layer.attention]
+    scores = {a: (c * (1 - salience[a]), b) for a, (c, b) in pairs.items()}
+    weights = [w * s for w, s in zip(layer.sizes, salience, strict=True)]
+    return {"pairs": reference.largest(scores, r), "weights": weights}
 
 
-@pytest.mark.parametrize("policy", [Threshold(-1.0), TopR(5), PiToMe(5)], ids=["threshold", "top r", "pitome"])
-def test_images_with_nothing_left_to_merge_stay_as_they_are(policy):
-    merges = policy.select(make_context(lengths=[2, 1, 2]))
-    assert as_pairs(merges) == []
-    assert merges.lost.tolist() == [0, 0, 0]
+def least_attended(layer):
+    return sorted(range(1, len(layer.attention)), key=lambda i: layer.attention[i])
 
 
-def test_active_says_where_nothing_can_happen():
-    assert [Threshold([0.9, 1.0, 2.0]).active(layer) for layer in range(3)] == [True, False, False]
-    assert [TopR([0, 3]).active(layer) for layer in range(2)] == [False, True]
-    assert not PiToMe(0).active(0)
+def pruning(layer):
+    free = least_attended(layer)
+    r = min([10, 0, 3, 200][layer.index], len(free) - 1)
+    return {"pairs": [(i, free[r]) for i in free[:r]], "weights": layer.attention}
 
 
-def test_match_macs_count_the_similarity_product():
+def static(layer):
+    free = least_attended(layer)
+    prune, merge = [5, 0, 8, 100][layer.index], [6, 4, 0, 3][layer.index]
+    gone = free[: min(prune + merge, len(free) - 1)]
+    staying = [i for i in free if i not in gone]
+    pairs = [(i, reference.most_similar(layer.heads.mean(0), i, staying)[1]) for i in gone[prune:]]
+    return {"pairs": pairs, "dropped": set(gone[:prune])}
+
+
+def draw(layer, stream, n):
+    return np.random.default_rng((3, layer.index, stream)).random(n)
+
+
+def random_merging(layer):
+    free = range(1, len(layer.sizes))
+    set_a, set_b = free[::2], free[1::2]
+    score, partner = draw(layer, 0, len(set_a)), draw(layer, 1, len(set_a))
+    order = sorted(range(len(set_a)), key=lambda place: -score[place])[: [9, 0, 5, 100][layer.index]]
+    return {"pairs": [(set_a[place], set_b[int(partner[place] * len(set_b))]) for place in order] if set_b else []}
+
+
+def random_pruning(layer):
+    score = draw(layer, 0, n := len(layer.sizes) - 1)
+    order = sorted(range(n), key=lambda place: -score[place])[: min([9, 0, 5, 200][layer.index], n - 1)]
+    return {"pairs": [], "dropped": {1 + place for place in order}}
+
+
+TAUS, COUNTS = [0.9, 1.0, 0.5, -1.0], [9, 0, 5, 100]
+CASES = {
+    "threshold": (tokmerge.Threshold(TAUS), reference.threshold_choice(TAUS)),
+    "threshold on keys": (tokmerge.Threshold(TAUS, "keys"), reference.threshold_choice(TAUS)),
+    "top r": (tokmerge.TopR(COUNTS), reference.top_r_choice(COUNTS)),
+    "top r on tokens": (tokmerge.TopR(COUNTS, "tokens"), reference.top_r_choice(COUNTS)),
+    "pitome": (tokmerge.PiToMe(COUNTS), pitome),
+    "tofu": (tokmerge.ToFu([7, 0, 5, 30]), tofu),
+    "capped": (tokmerge.CappedThreshold([0.3, 1.0, 0.5, 0.2], [4, 9, 100, 6]), capped),
+    "relative": (tokmerge.RelativeThreshold([0.5, -0.3, math.inf, 0.0]), relative),
+    "adamerge": (tokmerge.AdaMerge([12, 8, 6, 4], MEANS, DEVIATIONS, alpha=1.5), adamerge),
+    "pruning": (tokmerge.AttentionPruning([10, 0, 3, 200]), pruning),
+    "static": (tokmerge.StaticRates([5, 0, 8, 100], [6, 4, 0, 3]), static),
+    "random merging": (tokmerge.RandomMerging([9, 0, 5, 100], seed=3), random_merging),
+    "random pruning": (tokmerge.RandomPruning([9, 0, 5, 200], seed=3), random_pruning),
+}
+case = pytest.mark.parametrize(("policy", "decide"), CASES.values(), ids=CASES)
+
+
+@case
+def test_equals_its_definition(images, policy, decide):
+    model = build()
+    plain = partial(reference.run, model, decide=decide, feature=policy.feature)
+    record = checks.equals_plain(tokmerge.patch(model, policy), images, plain)
+    assert (record.tokens[:, -1] < 65).all()
+
+
+@case
+def test_a_batch_gives_every_image_what_it_gets_alone(images, policy, decide):
+    checks.equals_alone(tokmerge.patch(build().double(), policy), images.double())
+
+
+def fates(policy, qkv, lengths, first=0):
+    """{row: the row it merges into, or None} of all that disappear, rows counted from ``first``."""
+    metric, layout = torch.nn.functional.normalize(qkv[:, 1].mean(1), dim=-1), Layout(torch.tensor(lengths))
+    merges = policy.select(Context(3, 4, 1, metric, None, layout, qkv))
+    pairs = list(zip(merges.src.tolist(), merges.dst.tolist(), strict=True))
+    pairs += [(row, None) for row in ([] if merges.dropped is None else merges.dropped.tolist())]
+    gone = dict(pairs)
+    assert len(gone) == len(pairs)
+    assert torch.equal(merges.lost, layout.image[list(gone)].bincount(minlength=len(lengths)))
+    assert not set(gone) & {*merges.dst.tolist(), *layout.offsets.tolist()}, "the class token stays, as does a target"
+    return {first + row: to if to is None else first + to for row, to in pairs}
+
+
+@case
+@pytest.mark.parametrize("lengths", [[1, 2], [2, 9, 1, 5]])
+def test_of_few_and_uneven_tokens_those_go_that_go_alone(policy, decide, lengths):
+    qkv, expected, first = torch.randn(sum(lengths), 3, 2, 4, generator=torch.Generator().manual_seed(0)), {}, 0
+    for image in qkv.split(lengths):
+        expected |= fates(policy, image, [len(image)], first) if len(image) > 1 else {}
+        first += len(image)
+    assert fates(policy, qkv, lengths) == expected
+
+
+def outliers(spread):
+    def decide(layer):
+        if layer.index < 3:
+            return {"pairs": []}
+        weight, free = np.array(layer.attention), range(1, len(layer.sizes))
+        low, high = np.quantile(weight[1:], [0.25, 0.75])
+        stay = [i for i in free if weight[i] > high + spread * (high - low)] or [1 + int(weight[1:].argmax())]
+        keys = layer.heads.mean(0)
+        pairs = [(i, reference.most_similar(keys, i, stay)[1]) for i in free if i not in stay]
+        return {"pairs": pairs, "weights": layer.attention}
+
+    return decide
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.5, 1e6])
+def test_outliers_of_attention_equal_their_definition_in_a_batch_and_alone(spread, images):
+    tower = tiny.tower()
+    merged = vision_tower.patch_tower(tower, OutlierMerging(3, spread))
+    record = checks.equals_alone(merged, images)
+    if spread == 0.5:
+        assert len(set(record.tokens[:, -1].tolist())) > 1, "every image keeps its own number"
+    plain = partial(reference.run_tower, tower, decide=outliers(spread), layer=4, skip=1, feature="keys")
+    checks.equals_plain(merged, images, plain)
+    assert merged.to(torch.bfloat16)(images.bfloat16())[0].x.isfinite().all()
+
+
+def test_attention_needs_a_class_token_and_outliers_the_last_layer():
+    with pytest.raises(ValueError, match="the last of 4 layers is 3"):
+        vision_tower.patch_tower(tiny.tower(), OutlierMerging(2))
+    with pytest.raises(ValueError, match="OutlierMerging needs a model that gives it: class token"):
+        vision_tower.patch_tower(tiny.tower("siglip"), OutlierMerging(3))
+    # Without a class token the first token is a patch.
+    for kind, name in itertools.product(("no_cls_avg",), ("pruning", "static", "adamerge")):
+        with pytest.raises(ValueError, match="needs a model that gives it: class token"):
+            tokmerge.patch(build(kind), CASES[name][0])
+
+
+@case
+def test_a_policy_is_what_was_written_down(policy, decide):
+    assert policy_from_json(policy_to_json(policy)) == policy
+
+
+def test_where_nothing_happens_nothing_is_active():
+    idle = {name for name, (policy, _) in CASES.items() if not policy.active(1)}
+    assert idle == set(CASES) - {"relative", "adamerge", "static"}
+    assert not tokmerge.RelativeThreshold([math.inf]).active(0)
+    assert not tokmerge.CappedThreshold(0.5, [0]).active(0)
+    assert tokmerge.StaticRates([0], [1]).active(0)
+
+
+def test_match_macs():
     n = torch.tensor([7, 8, 0])
-    assert Threshold(0.9).match_macs(n, 10).tolist() == [4 * 3 * 10, 4 * 4 * 10, 0]
-    assert TopR(1).match_macs(n, 10).tolist() == [120, 160, 0]
-    assert PiToMe(1).match_macs(n, 10).tolist() == [490, 640, 0]
-
-
-def test_observe_keeps_what_it_sees_and_merges_nothing():
-    context = make_context(layer=0)
-    (seen,) = observe(lambda observer: observer.select(context), best_similarities)
-    expected = sorted(c for pairs in pairs_by_image(context).values() for c, _ in pairs.values())
-    torch.testing.assert_close(seen.sort().values, torch.tensor(expected))
-    policy, met = Threshold(0.5), []
-    hook = lambda context, choose: met.append(context.layer) or choose()  # noqa: E731
-    assert torch.equal(Observed(policy, hook).select(context).src, policy.select(context).src)
-    assert len(Observed(None, hook).select(context).src) == 0
-    assert met == [0, 0]
-
-
-def test_calibrated_threshold_lets_the_wanted_share_merge():
-    def run(observer):
-        for seed in range(20):
-            observer.select(make_context(layer=0, lengths=[101, 77], seed=seed))
-
-    (seen,), found = observe(run, best_similarities), Calibration.of(run)
-    for share in (0.1, 0.5, 0.9):
-        tau = found.thresholds([share])[0]
-        assert (seen > tau).float().mean() == pytest.approx(share, abs=0.01)
-    assert found.thresholds([0]) == (1.0,)
-    assert found.thresholds([1]) == (-1.0,)
-
-
-def test_calibration_rejects_bad_shares():
-    calibration = Calibration(torch.zeros(2, 3).numpy())
-    with pytest.raises(ValueError, match="1 shares for a calibration of 2 layers"):
-        calibration.thresholds([0.5])
-    with pytest.raises(ValueError, match=r"u\[1\] is 1.2"):
-        calibration.thresholds([0.5, 1.2])
+    for name in ("threshold", "top r", "tofu", "capped", "relative", "adamerge"):
+        assert CASES[name][0].match_macs(n, 10).tolist() == [4 * 3 * 10, 4 * 4 * 10, 0]
+    for name in ("pruning", "random merging", "random pruning"):
+        assert CASES[name][0].match_macs(n, 10).tolist() == [0, 0, 0]
+    assert CASES["pitome"][0].match_macs(n, 10).tolist() == [490, 640, 0]
+    # Of 7 tokens 2 go and 3 look at the 2 that stay; of 4, 2 go, 1 looks at 1.
+    static_rates = tokmerge.StaticRates([2, 2], [3, 3])
+    assert static_rates.match_macs(torch.tensor([[7, 4]]), 10).tolist() == [[60, 10]]
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Threshold([0.9, "0.8"]), TypeError, r"Threshold: thresholds\[1\] is '0.8', not a number"),
-        (lambda: Threshold([0.9, float("nan")]), TypeError, r"thresholds\[1\] is nan"),
-        (lambda: Threshold([[0.9]]), TypeError, r"thresholds\[0\] is \[0.9\]"),
-        (lambda: Threshold(None), TypeError, "thresholds is None"),
-        (lambda: Threshold([True]), TypeError, r"thresholds\[0\] is True"),
-        (lambda: Threshold("0.9"), TypeError, "thresholds is '0.9'"),
-        (lambda: TopR(1.5), TypeError, "TopR: r is 1.5, not an integer"),
-        (lambda: PiToMe([2, None]), TypeError, r"PiToMe: r\[1\] is None"),
-        (lambda: TopR([1, -2]), ValueError, r"r\[1\] is -2, but cannot be negative"),
-        (lambda: TopR(3, "value"), ValueError, "TopR: unknown feature 'value': use one of tokens, keys"),
+        (lambda _: Threshold([0.9, "0.8"]), TypeError, r"Threshold: thresholds\[1\] is '0.8', not a number"),
+        (lambda _: Threshold([0.9, math.nan]), TypeError, r"thresholds\[1\] is nan"),
+        (lambda _: Threshold([True]), TypeError, r"thresholds\[0\] is True"),
+        (lambda _: Threshold("0.9"), TypeError, "thresholds is '0.9'"),
+        (lambda _: TopR(1.5), TypeError, "TopR: r is 1.5, not an integer"),
+        (lambda _: TopR([1, -2]), ValueError, r"r\[1\] is -2, but cannot be negative"),
+        (lambda _: TopR(3, "value"), ValueError, "TopR: unknown feature 'value': use one of tokens, keys"),
+        (lambda _: tokmerge.AdaMerge(3, [0.5], [0.0]), ValueError, "one positive number per block"),
+        (lambda patch: patch(tokmerge.CappedThreshold([0.9] * 3, 5)), ValueError, "CappedThreshold: 3 thresholds for"),
+        (lambda patch: patch(tokmerge.CappedThreshold(0.9, [5] * 5)), ValueError, "CappedThreshold: 5 caps for"),
+        (lambda patch: patch(tokmerge.StaticRates(1, [1, 2])), ValueError, "StaticRates: 2 merge values for"),
+        (lambda patch: patch(tokmerge.AdaMerge(3, [0.5], [0.1])), ValueError, "AdaMerge: 1 means for a model of 4"),
+        (lambda patch: patch(tokmerge.RelativeThreshold([1.0])), ValueError, "RelativeThreshold: 1 z values"),
     ],
 )
-def test_bad_values_are_named(make, error, message):
+def test_bad_values_are_named(model, make, error, message):
     with pytest.raises(error, match=message):
-        make()
-
-
-def test_policies_are_recognised():
-    assert all(
-        isinstance(policy, matching.Policy) for policy in (Threshold(1), TopR(1), PiToMe(1), Observed(None, None))
-    )
+        make(partial(tokmerge.patch, model))

@@ -1,10 +1,13 @@
+from functools import partial
+
+import checks
 import pytest
 import reference
 import tiny
 import torch
 from tokmerge import Threshold
-from tokmerge.merging import matching, merge
-from tokmerge.merging.packed import Layout, Packed
+from tokmerge.merging import matching
+from tokmerge.merging.packed import Layout
 from tokmerge.merging.thresholds import LocalThreshold
 from tokmerge.models import vision_tower
 
@@ -31,12 +34,9 @@ def window_choice(tau, window):
 
 @pytest.mark.parametrize("window", [2, 3])
 def test_equals_the_plain_implementation(window, images):
-    tower, images = tiny.tower().double(), images.double()
-    features, record = vision_tower.patch_tower(tower, LocalThreshold(0.2, window, "keys"))(images)
-    for i, image in enumerate(images):
-        expected, counts, *_ = reference.run_tower(tower, image, window_choice(0.2, window), 4, 1, "keys")
-        assert record.tokens[i].tolist() == counts
-        torch.testing.assert_close(features.split()[i], expected, atol=1e-6, rtol=1e-6)
+    tower, decide = tiny.tower(), window_choice(0.2, window)
+    plain = partial(reference.run_tower, tower, decide=decide, layer=4, skip=1, feature="keys")
+    record = checks.equals_plain(vision_tower.patch_tower(tower, LocalThreshold(0.2, window, "keys")), images, plain)
     assert (record.tokens[:, 0] - record.tokens[:, -1]).sum() > 50
 
 
@@ -47,13 +47,6 @@ def test_one_window_is_the_threshold(images):
     torch.testing.assert_close(features.x, expected.x)
     assert torch.equal(record.tokens, other.tokens)
     assert (record.macs > other.macs).all(), "comparisons of windows are counted"
-
-
-def test_places_are_means_over_patches():
-    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
-    tokens = Packed(torch.zeros(3, 1), Layout(torch.tensor([3])), torch.tensor([1.0, 3.0, 1.0]), place=places)
-    merged = merge.apply(tokens, matching.Merges(torch.tensor([2]), torch.tensor([1]), torch.tensor([1])))
-    assert merged.place.tolist() == [[0, 0], [0.5, 1.25]]
 
 
 def test_unknown_places_and_bad_numbers_are_named():

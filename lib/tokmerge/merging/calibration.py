@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, Policy, match
+from tokmerge.merging.matching import Context, Merges, Policy, match, needed_by
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Observed:
     @property
     def feature(self) -> str:
         return self.metric if self.policy is None else self.policy.feature
+
+    @property
+    def needs(self) -> Sequence[str]:
+        return () if self.policy is None else needed_by(self.policy)
 
     def check(self, depth: int) -> None:
         if self.policy is not None:
@@ -104,5 +108,7 @@ class Calibration:
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"u[{layer}] is {share}, not a share between 0 and 1")
         grid = np.linspace(0, 1, self.quantiles.shape[1])
-        inner = [float(np.interp(1 - share, grid, row)) for share, row in zip(u, self.quantiles, strict=True)]
+        inner = [
+            float(np.interp(1 - share, grid, row).clip(-1, 1)) for share, row in zip(u, self.quantiles, strict=True)
+        ]
         return tuple(1.0 if share == 0 else -1.0 if share == 1 else tau for share, tau in zip(u, inner, strict=True))

@@ -15,7 +15,7 @@ from tokmerge.io import store
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.notation import policy_from_json, policy_to_json
 
-FRONT_VERSION = 3
+FRONT_VERSION = 4
 MEASURED = ("top1", "macs_ratio", "bytes_ratio")
 
 
@@ -37,6 +37,7 @@ class Front:
     dataset: str  #: data they were measured on, split included
     unmerged_top1: float  #: the model's accuracy on that data without merging
     points: tuple[Point, ...]  #: the operating points
+    weights: str | None = None  #: `tokmerge.models.merged.digest_weights` of the model; None if it is not known
 
     def within(self, max_drop: float) -> tuple[Point, ...]:
         """The points that lose no more top-1 than that against the unmerged model.
@@ -82,10 +83,12 @@ class Front:
         return min(fitting, key=lambda point: (point.macs_ratio, point.bytes_ratio, -point.top1)).policy
 
 
-def build_front(rows: Iterable[Mapping[str, Any]], model: str, dataset: str, unmerged_top1: float) -> Front:
+def build_front(
+    rows: Iterable[Mapping[str, Any]], model: str, dataset: str, unmerged_top1: float, weights: str | None = None
+) -> Front:
     """A front from rows with a policy, top1, macs_ratio and bytes_ratio; what else they hold is left out."""
     points = [Point(row["policy"], **{name: float(row[name]) for name in MEASURED}) for row in rows]
-    return Front(model, dataset, float(unmerged_top1), tuple(points))
+    return Front(model, dataset, float(unmerged_top1), tuple(points), weights)
 
 
 def save_front(front: Front, path: str | Path) -> None:
@@ -98,12 +101,16 @@ def save_front(front: Front, path: str | Path) -> None:
     store.save_json({"version": FRONT_VERSION, **vars(front), "points": points}, path)
 
 
-def load_front(path: str | Path) -> Front:
+def load_front(path: str | Path, weights: str | None = None) -> Front:
     """Read and check a policy file.
+
+    Args:
+        path: of the file.
+        weights: digest of the model that is to use it; None: whatever model it was found for.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not a valid policy file; the message names file and entry.
+        ValueError: it is not a valid policy file, or of another model; the message names file and entry.
     """
     content = store.load_json(path)
     if content.get("version") != FRONT_VERSION:
@@ -136,4 +143,7 @@ def load_front(path: str | Path) -> Front:
     for key in ("model", "dataset"):
         if not isinstance(content.get(key), str):
             raise ValueError(f"{path}: {key} is {content.get(key)!r}, not a string")
-    return Front(content["model"], content["dataset"], number(content, "unmerged_top1"), tuple(points))
+    found = content.get("weights")
+    if weights is not None and found not in (None, weights):
+        raise ValueError(f"{path}: found for {content['model']} with weights {found}, this model's are {weights}")
+    return Front(content["model"], content["dataset"], number(content, "unmerged_top1"), tuple(points), found)

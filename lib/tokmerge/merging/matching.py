@@ -3,17 +3,21 @@
 Bipartite matching follows ToMe (Bolya et al., 2210.09461, section 3), written anew for packed batches.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from tokmerge.merging.packed import Layout
+from tokmerge.merging.packed import Layout, host
 
 FEATURES = ("tokens", "keys")
+NEEDS = ("class token", "places")
+# Similarities computed at a time: what is kept of them is the best of each row.
+BLOCK = 2**20
 
 
 class Merges(NamedTuple):
@@ -31,13 +35,27 @@ class Matches(NamedTuple):
     """Every token of set A with its best match in set B, padded over the batch."""
 
     similarity: Tensor  #: (B, A) cosine with the best match; -inf where there is no such token or no match
-    src: Tensor  #: (B, A) packed row of each token in A
-    dst: Tensor  #: (B, A) packed row of its best match
+    best: Tensor  #: (B, A) int64, which token of set B that is
+    layout: Layout  #: of the batch
+    first: int  #: protected tokens
+    order: Tensor | None  #: (B, U) places of the unprotected tokens as they alternate; None for one after the other
 
     def merges(self, chosen: Tensor) -> Merges:
         """The merges of the chosen (B, A) bool entries."""
-        entries = chosen.flatten().nonzero().squeeze(1)
-        return Merges(self.src.take(entries), self.dst.take(entries), chosen.sum(1))
+        taken, best, offsets = host(chosen), host(self.best), host(self.layout.offsets)
+        image, number = (torch if isinstance(taken, Tensor) else np).where(taken)
+        a, b, start = 2 * number, 2 * best[image, number] + 1, offsets[image] + self.first
+        if self.order is not None:
+            order = host(self.order)
+            a, b = order[image, a], order[image, b]
+        return Merges(torch.as_tensor(start + a), torch.as_tensor(start + b), torch.as_tensor(taken.sum(1)))
+
+    def rows_a(self) -> Tensor:
+        """(B, A) packed row of each token in set A; beyond the end of its image any row."""
+        places = torch.arange(0, 2 * self.best.shape[1], 2, device=self.best.device)[None]
+        places = places if self.order is None else self.order[:, ::2]
+        rows = self.layout.offsets[:, None] + self.first + places
+        return rows.clamp(max=max(sum(self.layout.counts) - 1, 0))
 
 
 @dataclass(frozen=True)
@@ -67,10 +85,10 @@ class Context:
         """
         if self.qkv is None or self.protected == 0:
             raise ValueError("the policy needs the attention of a class token, and this model has none to give")
-        layout, (queries, keys) = self.layout, self.qkv[:, :2].unbind(1)
+        layout, (queries, keys) = self.layout, widen(self.qkv[:, :2]).unbind(1)
         scores = (queries[layout.offsets][layout.image] * keys).sum(-1) * keys.shape[-1] ** -0.5
         if self.sizes is not None:
-            scores = scores + self.sizes.log().to(scores.dtype)[:, None]
+            scores = scores + self.sizes.log()[:, None]
         padded = layout.pad(scores).masked_fill(~layout.valid[..., None], float("-inf"))
         return padded.softmax(1).mean(-1)[layout.valid]
 
@@ -79,10 +97,30 @@ def matching_features(kind: str, x: Tensor, keys: Tensor) -> Tensor:
     """What two tokens must be alike in to merge: (T, D) or (T, d), of unit length.
 
     "tokens": the residual stream x (T, D) after attention, which is what merging averages. "keys": the mean of keys
-    (T, H, d) over heads, as ToMe has it.
+    (T, H, d) over heads, as ToMe has it. In float32 at least: 16 bits cannot tell close similarities apart.
     """
     # The mean over heads, up to its length, which normalising removes.
-    return F.normalize(x if kind == "tokens" else reduce(torch.add, keys.unbind(1)), dim=-1)
+    features = widen(x) if kind == "tokens" else reduce(torch.add, widen(keys).unbind(1))
+    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-12)
+
+
+def widen(values: Tensor) -> Tensor:
+    """The values in float32, or as they are if they are as wide or wider."""
+    return values if values.dtype.itemsize >= 4 else values.float()
+
+
+def ranked(scores: Tensor, valid: Tensor, descending: bool = False) -> Tensor:
+    """(B, U) places in the order of (B, U) scores, equal ones as they were.
+
+    What is not a finite number comes after all that is, and what is not ``valid``, (B, U) bool, after that.
+
+    >>> scores = torch.tensor([[float("nan"), 2.0, 9.0, 1.0]])
+    >>> ranked(scores, torch.tensor([[True, True, False, True]]))
+    tensor([[3, 1, 0, 2]])
+    """
+    last = -1.0 if descending else 1.0
+    keys = torch.where(scores.isfinite(), scores, last * torch.finfo(scores.dtype).max)
+    return keys.masked_fill(~valid, last * float("inf")).argsort(dim=1, descending=descending, stable=True)
 
 
 def match(context: Context, group: Tensor | None = None) -> Matches:
@@ -94,26 +132,57 @@ def match(context: Context, group: Tensor | None = None) -> Matches:
     """
     layout, first = context.layout, context.protected
     metric = context.padded_metric[:, first:]
-    order = torch.arange(metric.shape[1], device=metric.device)[None]
-    valid = None if layout.uniform else layout.valid[:, first:]
+    order, valid = None, None if layout.uniform else layout.valid[:, first:]
     if group is not None:
         numbers = layout.pad(group)[:, first:].double()
         # Padding comes last, so what is valid stays where it was.
         numbers = numbers if valid is None else numbers.masked_fill(~valid, float("inf"))
         numbers, order = numbers.sort(dim=1, stable=True)
         metric = metric.gather(1, order[..., None].expand_as(metric))
-    rows = layout.offsets[:, None] + (order + first)
-    scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    if scores.shape[2] == 0:
-        return Matches(scores.new_full(scores.shape[:2], float("-inf")), rows[:, ::2], rows[:, ::2])
-    if valid is not None:
-        scores.masked_fill_(~valid[:, None, 1::2], float("-inf"))
-    if group is not None:
-        scores = scores.masked_fill(numbers[:, ::2, None] != numbers[:, None, 1::2], float("-inf"))
-    similarity, best = scores.max(dim=-1)
+    from_a, to_b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
+    if to_b.shape[2] == 0:
+        similarity = from_a.new_full(from_a.shape[:2], float("-inf"))
+        return Matches(similarity, torch.zeros_like(similarity, dtype=torch.int64), layout, first, order)
+    found = []
+    for start, stop in blocks(from_a.shape[1], len(metric) * to_b.shape[2]):
+        scores = torch.bmm(from_a[:, start:stop], to_b)
+        if valid is not None:
+            scores.masked_fill_(~valid[:, None, 1::2], float("-inf"))
+        if group is not None:
+            scores.masked_fill_(numbers[:, ::2][:, start:stop, None] != numbers[:, None, 1::2], float("-inf"))
+        found.append(_row_maximum(scores))
+    similarity, best = found[0] if len(found) == 1 else map(partial(torch.cat, dim=1), zip(*found, strict=True))
     if valid is not None:
         similarity = similarity.masked_fill(~valid[:, ::2], float("-inf"))
-    return Matches(similarity, rows[:, ::2], rows[:, 1::2].gather(1, best))
+    return Matches(similarity, best, layout, first, order)
+
+
+def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and places of the largest along the last dimension of (B, A, b)."""
+    given = host(scores)
+    if not isinstance(given, np.ndarray):
+        return scores.max(dim=-1)
+    best = given.argmax(-1)
+    return torch.from_numpy(np.take_along_axis(given, best[..., None], -1)[..., 0]), torch.from_numpy(best)
+
+
+def best_among(queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
+    """(B, n) which of the allowed, (B, m) bool, of (B, m, d) features is most similar to each of (B, n, d)."""
+    found = [
+        torch.bmm(queries[:, start:stop], keys.transpose(1, 2)).masked_fill_(~allowed[:, None], float("-inf")).argmax(2)
+        for start, stop in blocks(queries.shape[1], allowed.numel())
+    ]
+    return torch.cat(found, dim=1) if found else allowed.new_empty(len(queries), 0, dtype=torch.int64)
+
+
+def blocks(n: int, width: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of n rows, in parts that hold no more than `BLOCK` values where each row takes ``width``.
+
+    >>> list(blocks(5, 2**19))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    size = max(1, BLOCK // max(1, width))
+    return ((start, min(n, start + size)) for start in range(0, n, size))
 
 
 def bipartite_macs(n: Tensor, d: int) -> Tensor:
@@ -124,7 +193,10 @@ def bipartite_macs(n: Tensor, d: int) -> Tensor:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Which tokens merge into which, at each layer: what the engine asks of a policy."""
+    """Which tokens merge into which, at each layer: what the engine asks of a policy.
+
+    A policy may also say, as attribute ``needs``, what a model must give it, some of `NEEDS`.
+    """
 
     @property
     def feature(self) -> str:
@@ -145,3 +217,8 @@ class Policy(Protocol):
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         """Multiply-accumulates of choosing among ``n`` (any shape) unprotected tokens with d-wide features."""
         ...
+
+
+def needed_by(policy: Policy) -> Sequence[str]:
+    """What a model must give a policy, some of `NEEDS`."""
+    return getattr(policy, "needs", ())

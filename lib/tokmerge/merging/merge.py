@@ -1,15 +1,18 @@
 """Token merging: average the pairs that a policy chose (ToMe, Bolya et al., 2210.09461, section 3), and copy back."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, Policy, matching_features
-from tokmerge.merging.packed import Layout, Packed
+from tokmerge.merging.matching import Context, Merges, Policy, matching_features, widen
+from tokmerge.merging.packed import Layout, Packed, host
 
 
 def step(tokens: Packed, policy: Policy | None, *, layer: int, depth: int, protected: int, qkv: Tensor) -> Packed:
     """What a policy makes of the tokens (residual stream) after one layer's attention; arguments as of `Context`."""
-    if policy is None or not policy.active(layer):
+    if policy is None or not policy.active(layer) or tokens.layout.longest <= protected:
         return tokens
     metric = matching_features(policy.feature, tokens.x, qkv[:, 1])
     context = Context(layer, depth, protected, metric, tokens.sizes, tokens.layout, qkv, tokens.place)
@@ -19,6 +22,8 @@ def step(tokens: Packed, policy: Policy | None, *, layer: int, depth: int, prote
 def apply(tokens: Packed, merges: Merges) -> Packed:
     """Merge: weighted mean of values, sum of sizes, order of the survivors kept; dropped rows leave nothing.
 
+    Sums are made in float32 at least, whatever the values are.
+
     Args:
         tokens: the batch; its source map is updated if it has one.
         merges: which rows merge into which, and which are dropped.
@@ -26,38 +31,58 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
     src, dst, lost, dropped, weights, keep_norm = merges
     if len(src) == 0 and (dropped is None or len(dropped) == 0):
         return tokens
-    x, sizes = tokens.x, tokens.full_sizes
-    alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    alive[src] = False
+    x, place, (gone, into) = tokens.x, tokens.place, (host(src), host(dst))
+    numpy = isinstance(gone, np.ndarray)
+    alive = np.ones(len(x), bool) if numpy else torch.ones(len(x), dtype=torch.bool, device=x.device)
+    alive[gone] = False
     if dropped is not None:
-        alive[dropped] = False
-    kept = alive.nonzero().squeeze(1)
+        alive[host(dropped)] = False
+    kept: Any = np.flatnonzero(alive) if numpy else torch.as_tensor(alive).nonzero()[:, 0]
+    # Where every row is afterwards; only rows that receive others change.
+    row = alive.cumsum(0) - 1
 
-    def add_up(part: Tensor) -> Tensor:
-        return part.index_add(0, dst, part.index_select(0, src)).index_select(0, kept)
+    def shares(weight: Tensor) -> tuple[Any, Any, Any]:
+        """(T,) weights added up in rows that receive; what part of that is a receiving row's own, and a sent one's."""
+        own = host(weight)
+        if numpy:
+            total = own + np.bincount(into, own[gone], len(own)).astype(own.dtype)
+        else:
+            total = own.index_add(0, into, own[gone])
+        return total, own[into] / total[into], own[gone] / total[into]
 
-    new_sizes, place = add_up(sizes), tokens.place
-    mass = new_sizes if weights is None else add_up(weights)
-    total = x * (sizes if weights is None else weights)[:, None].to(x.dtype)
-    total.index_add_(0, dst, total.index_select(0, src))
-    merged = total.index_select(0, kept) / mass[:, None].to(x.dtype)
+    total, kept_share, sent_share = shares(tokens.full_sizes)
+    new_sizes = torch.as_tensor(total[kept])
+    if weights is not None:
+        _, kept_share, sent_share = shares(weights)
+    rows, to = torch.as_tensor(kept), torch.as_tensor(row[into])
+    kept_part, sent_part = (torch.as_tensor(share)[:, None] for share in (kept_share, sent_share))
+
+    def average(values: Tensor, kept_part: Tensor, sent_part: Tensor) -> Tensor:
+        """Weighted means of (T, ...) values in the rows that are kept."""
+        out = widen(values.index_select(0, rows))
+        out.index_copy_(0, to, widen(values.index_select(0, dst)) * kept_part)
+        return out.index_add_(0, to, widen(values.index_select(0, src)) * sent_part)
+
+    merged = average(x, kept_part, sent_part)
     if place is not None:
-        place = add_up(place * sizes[:, None].to(place.dtype)) / new_sizes[:, None].to(place.dtype)
+        by_size = shares(tokens.full_sizes)[1:] if weights is not None else (kept_share, sent_share)
+        place = average(place, *(torch.as_tensor(share)[:, None] for share in by_size))
     if keep_norm:
-        norms = x.norm(dim=1)
-        target = norms.scatter_reduce(0, dst, norms[src], "amax")[kept]
-        received = torch.zeros_like(alive).index_fill_(0, dst, True)[kept]
+        norms = widen(x).norm(dim=1)
+        target = norms.scatter_reduce(0, dst, norms[src], "amax")[rows]
+        received = torch.zeros(len(rows), dtype=torch.bool, device=x.device).index_fill_(0, to, True)
         scale = torch.where(received, target / merged.norm(dim=1).clamp_min(1e-12), 1.0)
         merged = merged * scale[:, None]
 
     layout, source = Layout(tokens.lengths - lost), tokens.source
     if source is not None:
-        target_row = torch.arange(len(x), device=x.device)
-        target_row[src] = dst
-        rows = target_row[source + tokens.layout.offsets[:, None]]
-        moved = (alive.cumsum(0) - 1)[rows] - layout.offsets[:, None]
-        source = torch.where((source < 0) | ~alive[rows], -1, moved)
-    return Packed(merged, layout, new_sizes, source, place)
+        where = torch.as_tensor(row)
+        where[src] = to
+        if dropped is not None:
+            where[dropped] = -1
+        moved = where[source.clamp(min=0) + tokens.layout.offsets[:, None]]
+        source = torch.where((source < 0) | (moved < 0), -1, moved - layout.offsets[:, None])
+    return Packed(merged.to(x.dtype), layout, new_sizes, source, place)
 
 
 def unmerge_tokens(packed: Packed, source: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, match
+from tokmerge.merging.matching import Context, Merges, best_among, match, ranked
 from tokmerge.merging.policies import FixedR, LayerPolicy, TopR, at, largest, moments, per_layer
 
 
@@ -27,7 +27,7 @@ class OutlierMerging(LayerPolicy):
         spread: how far out an outlier is; 1.5 is the usual rule, less keeps more.
     """
 
-    feature = "keys"
+    feature, needs = "keys", ("class token",)
     layer: int
     spread: float = 1.5
 
@@ -42,18 +42,15 @@ class OutlierMerging(LayerPolicy):
         layout, first = context.layout, context.protected
         valid = layout.valid[:, first:]
         attention = context.class_attention
-        # Quantiles are not known for 16 bits.
-        padded = layout.pad(attention)[:, first:].to(torch.promote_types(attention.dtype, torch.float32))
+        padded = layout.pad(attention)[:, first:]
+        most = ranked(padded, valid, descending=True)[:, :1]
         padded = padded.masked_fill(~valid, float("nan"))
         q1, q3 = padded.nanquantile(torch.tensor([0.25, 0.75], device=padded.device, dtype=padded.dtype), 1)
-        # At most the largest value, so that one always stays.
-        bar = (q3 + self.spread * (q3 - q1)).minimum(padded.nan_to_num(-1.0).amax(1))
-        stay = padded >= bar[:, None]
+        stay = (padded >= (q3 + self.spread * (q3 - q1))[:, None]).scatter(1, most, True)
         metric = context.padded_metric[:, first:]
-        scores = (metric @ metric.transpose(1, 2)).masked_fill(~stay[:, None, :], float("-inf"))
         rows = layout.offsets[:, None] + first + torch.arange(valid.shape[1], device=valid.device)
         go = valid & ~stay
-        dst = rows.gather(1, scores.argmax(2))
+        dst = rows.gather(1, best_among(metric, metric, stay))
         return Merges(rows[go], dst[go], go.sum(1), weights=attention.clamp_min(1e-12))
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
@@ -85,6 +82,7 @@ class AdaMerge(FixedR):
         alpha: how strongly r follows the z-score.
     """
 
+    needs = ("class token",)
     means: Sequence[float] = per_layer(Real, "means")
     deviations: Sequence[float] = per_layer(Real, "deviations")
     alpha: float = 1.0
@@ -105,7 +103,7 @@ class AdaMerge(FixedR):
         # The class token and its like never merge; what they are worth does not matter.
         salience = (attention / peak).clamp(1e-6, 1.0)
         # Places beyond an image's end hold any token: their similarity keeps them out.
-        salience_a = salience.take(matches.src.clamp(max=len(salience) - 1))
+        salience_a = salience.take(matches.rows_a())
         merges = matches.merges(largest(similarity * (1 - salience_a), r))
         sizes = salience.new_ones(len(salience)) if context.sizes is None else context.sizes
         return merges._replace(weights=sizes * salience)
@@ -126,6 +124,8 @@ class AttentionPruning(UnmatchedFixedR):
     The fused token is the attention-weighted mean of r + 1 tokens and stands where the most attended of them stood.
     """
 
+    needs = ("class token",)
+
     def select(self, context: Context) -> Merges:
         rows, r, used = _lowest(context, int(at(self.r, context.layer)))
         # Where an image has no token left to fuse, nothing is used.
@@ -145,7 +145,7 @@ class StaticRates(LayerPolicy):
         prune, merge: tokens dropped and merged at every block, or one number per block.
     """
 
-    feature = "keys"
+    feature, needs = "keys", ("class token",)
     prune: int | Sequence[int] = per_layer(Integral, "prune values")
     merge: int | Sequence[int] = per_layer(Integral, "merge values")
 
@@ -164,8 +164,7 @@ class StaticRates(LayerPolicy):
         staying = context.layout.valid[:, first:].gather(1, order := rows - context.layout.offsets[:, None] - first)
         staying = staying & ~going
         metric = context.padded_metric[:, first:].gather(1, order[..., None].expand(-1, -1, context.metric.shape[1]))
-        scores = metric[:, prune : prune + merge] @ metric.transpose(1, 2)
-        best = scores.masked_fill(~staying[:, None, :], float("-inf")).argmax(2)
+        best = best_among(metric[:, prune : prune + merge], metric, staying)
         used = merging[:, prune : prune + merge]
         return Merges(src[used], rows.gather(1, best)[used], lost, dropped=rows[dropped])
 
@@ -188,7 +187,7 @@ class RandomMerging(UnmatchedFixedR):
         layout, first = context.layout, context.protected
         n = layout.lengths - first
         n_a, n_b = n - n // 2, n // 2
-        places = torch.arange(int(n_a.max()), device=n.device)
+        places = torch.arange(max(n_a.tolist(), default=0), device=n.device)
         score, partner = _noise(context, self.seed, len(places), 2)
         possible = (places < n_a[:, None]) & (n_b > 0)[:, None]
         chosen = largest(score.masked_fill(~possible, float("-inf")), int(at(self.r, context.layer)))
@@ -217,7 +216,7 @@ def _lowest(context: Context, r: int, scores: Tensor | None = None) -> tuple[Ten
     """
     layout, first = context.layout, context.protected
     scores = layout.pad(context.class_attention)[:, first:] if scores is None else scores
-    order = scores.masked_fill(~layout.valid[:, first:], float("inf")).argsort(dim=1, stable=True)
+    order = ranked(scores, layout.valid[:, first:])
     n = (layout.lengths - first - 1).clamp(min=0, max=r)
     used = torch.arange(order.shape[1], device=n.device) < n[:, None]
     return layout.offsets[:, None] + first + order, n, used

@@ -8,13 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokmerge.merging.matching import FEATURES, Context, Matches, Merges, bipartite_macs, match
+from tokmerge.merging.matching import FEATURES, Context, Merges, best_among, bipartite_macs, blocks, match, ranked
+from tokmerge.merging.packed import host
 
 
 def per_layer(number: type, plural: str) -> Any:
@@ -39,16 +41,17 @@ class LayerPolicy:
 
     # Not annotated: a field, with its place among the arguments, only where a subclass lets it be chosen.
     feature = "tokens"
+    needs: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         for name, (number, _) in self._per_layer().items():
             values = getattr(self, name)
+            values = values.tolist() if hasattr(values, "tolist") else values  # numpy's and torch's
             if isinstance(values, Sequence) and not isinstance(values, str):
-                object.__setattr__(self, name, tuple(values))
-                for layer, value in enumerate(values):
-                    self._check_value(f"{name}[{layer}]", value, number)
+                values = tuple(self._checked(f"{name}[{layer}]", value, number) for layer, value in enumerate(values))
             else:
-                self._check_value(name, values, number)
+                values = self._checked(name, values, number)
+            object.__setattr__(self, name, values)
         if self.feature not in FEATURES:
             kind = type(self).__name__
             raise ValueError(f"{kind}: unknown feature {self.feature!r}: use one of {', '.join(FEATURES)}")
@@ -56,12 +59,13 @@ class LayerPolicy:
     def _per_layer(self) -> dict[str, tuple[type, str]]:
         return {part.name: part.metadata["per_layer"] for part in fields(self) if "per_layer" in part.metadata}
 
-    def _check_value(self, where: str, value: Any, number: type) -> None:
+    def _checked(self, where: str, value: Any, number: type) -> Any:
         if isinstance(value, bool) or not isinstance(value, number) or math.isnan(value):  # type: ignore[arg-type]
             what = "an integer" if number is Integral else "a number"
             raise TypeError(f"{type(self).__name__}: {where} is {value!r}, not {what}")
         if number is Integral and value < 0:  # type: ignore[operator]
             raise ValueError(f"{type(self).__name__}: {where} is {value}, but cannot be negative")
+        return int(value) if number is Integral else float(value)  # type: ignore[arg-type, call-overload]
 
     def check(self, depth: int) -> None:
         for name, (_, plural) in self._per_layer().items():
@@ -75,7 +79,15 @@ class LayerPolicy:
 class ThresholdPolicy(LayerPolicy):
     """What policies with a cosine threshold share."""
 
+    OFF: ClassVar[float] = 1.0  # switches a block off: no cosine is larger
     thresholds: float | Sequence[float] = per_layer(Real, "thresholds")
+
+    def _checked(self, where: str, value: Any, number: type) -> float:
+        checked = super()._checked(where, value, number)
+        if where.startswith("thresholds") and not -1 <= checked <= 1:
+            kind = type(self).__name__
+            raise ValueError(f"{kind}: {where} is {value}, but a cosine lies between -1 and 1 (1, {kind}.OFF, is off)")
+        return checked
 
     def active(self, layer: int) -> bool:
         return at(self.thresholds, layer) < 1.0
@@ -85,15 +97,15 @@ class ThresholdPolicy(LayerPolicy):
 class Threshold(ThresholdPolicy):
     """Token a merges into its best match b where their cosine similarity exceeds the layer's threshold.
 
-    Adaptive: every image keeps as many tokens as it needs. A threshold of 1 or more switches its layer off.
+    Adaptive: every image keeps as many tokens as it needs. A threshold of 1 (`Threshold.OFF`) switches its layer off.
 
     Args:
-        thresholds: one cosine threshold for every block, or a sequence with one per block.
+        thresholds: one cosine threshold for every block, or one per block: a sequence, an array or a tensor.
         feature: what similarity is measured on: ``"tokens"`` or ``"keys"``.
 
     Raises:
         TypeError: a threshold is not a number.
-        ValueError: there is no such feature.
+        ValueError: a threshold is no cosine, or there is no such feature.
 
     >>> Threshold([0.9, 1.0]).active(1)
     False
@@ -139,11 +151,17 @@ class TopR(FixedR):
 
 def largest(values: Tensor, r: int | Tensor) -> Tensor:
     """(B, A) bool: the r largest finite values of each row; of equal values the first. r: one for all, or (B, 1)."""
-    order = values.argsort(dim=1, descending=True, stable=True)
-    chosen = torch.zeros_like(values, dtype=torch.bool)
+    seen = host(values)
+    if isinstance(seen, np.ndarray) and isinstance(r, int):
+        taken = np.zeros(seen.shape, bool)
+        np.put_along_axis(taken, np.argsort(-seen, axis=1, kind="stable")[:, :r], True, axis=1)
+        return torch.from_numpy(taken & np.isfinite(seen))
+    finite = values.isfinite()
+    order = values.masked_fill(~finite, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(finite)
     if isinstance(r, int):
-        return chosen.scatter_(1, order[:, :r], True) & values.isfinite()
-    return chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < r) & values.isfinite()
+        return chosen.scatter_(1, order[:, :r], True) & finite
+    return chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < r) & finite
 
 
 def moments(similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,24 +190,27 @@ class PiToMe(FixedR):
         layout, first = context.layout, context.protected
         metric, valid = context.padded_metric[:, first:], layout.valid[:, first:]
         n = valid.sum(1)
-        scores = metric @ metric.transpose(1, 2)
         margin = 0.75 * (1 - context.layer / context.depth)
-        pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=n.device)
-        energy = (F.elu(scores - margin) * pairs).sum(2) / (n - 1).clamp(min=1)[:, None]
-        order = energy.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        energy = torch.cat([
+            # What is no pair counts for nothing; a token and itself are none.
+            F.elu(metric[:, start:stop] @ metric.transpose(1, 2) - margin)
+            .masked_fill_(~valid[:, None, :], 0.0).diagonal_scatter(metric.new_zeros(len(n), stop - start), start, 1, 2)
+            .sum(2)
+            for start, stop in blocks(valid.shape[1], valid.numel())
+        ], dim=1)  # fmt: skip
+        order = ranked(energy / (n - 1).clamp(min=1)[:, None], valid, descending=True)
 
         r = (n // 2).clamp(max=int(at(self.r, context.layer)))
-        widest = int(r.max())
+        widest = max(r.tolist(), default=0)
         if widest == 0:
             nothing = order.new_empty(0)
             return Merges(nothing, nothing, r)
         used = torch.arange(widest, device=r.device) < r[:, None]
         a, b = order[:, : 2 * widest : 2], order[:, 1 : 2 * widest : 2]
-        candidates = scores.gather(1, a[:, :, None].expand(-1, -1, scores.shape[2]))
-        candidates = candidates.gather(2, b[:, None, :].expand(-1, widest, -1))
-        similarity, best = candidates.masked_fill(~used[:, None, :], float("-inf")).max(dim=2)
+        of_a, of_b = (metric.gather(1, part[..., None].expand(-1, -1, metric.shape[2])) for part in (a, b))
+        best = best_among(of_a, of_b, used)
         rows = layout.offsets[:, None] + first
-        return Matches(similarity, rows + a, rows + b.gather(1, best)).merges(used)
+        return Merges((rows + a)[used], (rows + b.gather(1, best))[used], r)
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         return n * n * d

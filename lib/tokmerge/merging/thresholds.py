@@ -19,7 +19,7 @@ class LocalThreshold(ThresholdPolicy):
     first row and column on; a merged token's place is the mean over its patches. Tokens alternate window by window.
 
     Args:
-        thresholds: one cosine threshold for every block, or one per block; 1 or more switches a block off.
+        thresholds: one cosine threshold for every block, or one per block; 1 switches a block off.
         window: side of the windows in patches, for every block or one per block.
         feature: what similarity is measured on: "tokens" or "keys".
 
@@ -27,6 +27,7 @@ class LocalThreshold(ThresholdPolicy):
     False
     """
 
+    needs = ("places",)
     window: int | Sequence[int] = per_layer(Integral, "windows")
     feature: str = "tokens"
 
