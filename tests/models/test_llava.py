@@ -1,19 +1,20 @@
 import copy
 import dataclasses
+from functools import partial
 
+import checks
 import pytest
-import reference
 import tiny
-import tokmerge
 import torch
+import transformers
 from PIL import Image
+from tiny import IDS, MASK
 from tokmerge import Threshold, TopR, wire
-from tokmerge.merging.calibration import Calibration
 from tokmerge.models import llava
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaForConditionalGeneration, MistralConfig, Qwen2Config
+from tokmerge.models.language_model import Pruning
+from transformers import MistralConfig, Qwen2Config
 
-KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
+POSITIONS = pytest.mark.parametrize("positions", llava.POSITIONS)
 
 
 def adaptive(model, images, **options):
@@ -22,99 +23,54 @@ def adaptive(model, images, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"), [("clip", "default"), ("clip", "full"), ("siglip", "full"), ("siglip", "default")]
+    ("kind", "strategy", "text"),
+    [
+        *((kind, strategy, None) for kind in tiny.KINDS for strategy in ("default", "full")),
+        *(("clip", "default", text) for text in (MistralConfig, Qwen2Config)),
+    ],
 )
-@pytest.mark.parametrize("positions", llava.POSITIONS)
+@POSITIONS
 @pytest.mark.parametrize("cut", llava.CUTS)
-def test_no_policy_is_the_unpatched_model(kind, strategy, positions, cut, images):
-    model = tiny.llava(kind, strategy)
+def test_no_policy_is_the_unpatched_model(kind, strategy, text, positions, cut, images):
+    model = tiny.llava(kind, strategy, text and text(**tiny.TEXT))
     merged = llava.patch(model, None, positions=positions, cut=cut)
     n = merged.tower.n_features
     assert n == 64 + (kind == "clip") - (strategy == "default")
     ids, mask = tiny.padded(tiny.PROMPTS, repeat=n)
-    logits, record = merged(*tiny.padded(tiny.PROMPTS)[:1], images, tiny.padded(tiny.PROMPTS)[1])
+    logits, record = merged(IDS, images, MASK)
     expected = model(input_ids=ids, pixel_values=images, attention_mask=mask).logits
     assert logits.shape == expected.shape
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
     assert record.prompt.tolist() == mask.sum(1).tolist()
     assert record.visual.tolist() == [n] * 5
 
-    new, record = merged.generate(
-        *tiny.padded(tiny.PROMPTS)[:1], images, tiny.padded(tiny.PROMPTS)[1], max_new_tokens=8
-    )
+    new, record = merged.generate(IDS, images, MASK, max_new_tokens=8)
     whole = model.generate(input_ids=ids, pixel_values=images, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert new.tolist() == whole[:, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("config", [MistralConfig, Qwen2Config])
-def test_other_language_models(config, images):
-    model = tiny.llava(text=config(**tiny.TEXT))
-    ids, mask = tiny.padded(tiny.PROMPTS, repeat=64)
-    expected = model(input_ids=ids, pixel_values=images, attention_mask=mask).logits
-    logits = llava.patch(model, None)(ids, images, mask)[0]
-    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
-
-
-def plain_answer(model, image, prompt, choose, choose_output, positions):
-    """One image and one prompt, token by token: the scores at every position."""
-    start = prompt.index(tiny.IMAGE_TOKEN)
-    tower = model.model.vision_tower
-    x, _, sizes, groups = reference.run_tower(tower, image, choose, 4, 1)
-    x = model.model.multi_modal_projector(x)
-    if choose_output is not None:
-        x, _, groups = reference.combine(
-            x, sizes, groups, **choose_output(reference.Layer(0, x[None], [], sizes, groups, 0))
-        )
-    embed = model.get_input_embeddings()
-    before, behind = torch.tensor(prompt[:start]).long(), torch.tensor(prompt[start + 1 :])
-    rows = torch.cat([embed(before), x, embed(behind)])
-    numbers = list(range(len(rows)))
-    if positions == "first":
-        # Patch 0 is token 1 of the tower, after CLS.
-        numbers = [*range(start), *(start + min(group) - 1 for group in groups)]
-        numbers += range(start + 64, start + 64 + len(behind))
-    hidden = model.model.language_model(
-        inputs_embeds=rows[None], position_ids=torch.tensor([numbers]), attention_mask=torch.ones(1, len(rows))
-    )
-    return model.lm_head(hidden.last_hidden_state)[0]
-
-
-@pytest.mark.parametrize("positions", llava.POSITIONS)
-@pytest.mark.parametrize("output", [False, True])
-def test_merging_equals_the_plain_implementation(positions, output, images):
-    # In double precision: random weights amplify single-precision rounding from layer to layer.
-    model, images = tiny.llava().double(), images.double()
-    taus = tiny.thresholds(model.model.vision_tower, images)
-    at_output = reference.top_r_choice([7]) if output else None
-    merged = llava.patch(model, Threshold(taus), output_policy=TopR(7) if output else None, positions=positions)
-    ids, mask = tiny.padded(tiny.PROMPTS)
-    logits, record = merged(ids, images, mask)
-    assert len(set(record.visual.tolist())) > 1, "samples must keep different token counts"
-    for i, image in enumerate(images):
-        expected = plain_answer(model, image, tiny.PROMPTS[i], reference.threshold_choice(taus), at_output, positions)
-        assert record.prompt[i] == len(expected)
-        torch.testing.assert_close(logits[i, -len(expected) :], expected, atol=1e-6, rtol=1e-6)
-
-
-@KINDS
-@pytest.mark.parametrize("positions", llava.POSITIONS)
-@pytest.mark.parametrize("output", [None, Threshold(0.5)])
-def test_a_batch_equals_its_samples_alone(kind, positions, output, images):
-    merged = adaptive(tiny.llava(kind), images, positions=positions, output_policy=output)
-    ids, mask = tiny.padded(tiny.PROMPTS)
-    logits, record = merged(ids, images, mask)
-    new, answered = merged.generate(ids, images, mask, max_new_tokens=6)
+@POSITIONS
+@pytest.mark.parametrize(
+    ("kind", "text", "options"),
+    [
+        *((kind, None, {"output_policy": output}) for kind in tiny.KINDS for output in (None, Threshold(0.5))),
+        *(("clip", text, {"pruning": Pruning(1, 0.2), "weights": "size"}) for text in (None, Qwen2Config)),
+    ],
+)
+def test_a_batch_equals_its_samples_alone(kind, text, options, positions, images):
+    merged = adaptive(tiny.llava(kind, text=text and text(**tiny.TEXT)), images, positions=positions, **options)
+    logits, record = merged(IDS, images, MASK)
+    new, answered = merged.generate(IDS, images, MASK, max_new_tokens=6)
     assert len(set(record.visual.tolist())) > 1
     for i, prompt in enumerate(tiny.PROMPTS):
-        one = torch.tensor([prompt])
-        alone, own = merged(one, images[i : i + 1])
+        one = torch.tensor([prompt]), images[i : i + 1]
+        alone, _ = merged(*one)
         torch.testing.assert_close(alone[0], logits[i, -alone.shape[1] :], atol=1e-4, rtol=0)
-        text, own = merged.generate(one, images[i : i + 1], max_new_tokens=6)
-        length = int(own.generated[0])
-        assert text[0].tolist() == new[i, : text.shape[1]].tolist()
-        for name in ("prompt", "generated", "macs", "payload_bytes", "visual", "decode_macs"):
+        answer, own = merged.generate(*one, max_new_tokens=6)
+        assert answer[0].tolist() == new[i, : answer.shape[1]].tolist()
+        torch.testing.assert_close(own.scores[0], answered.scores[i], atol=1e-4, rtol=0)
+        for name in ("prompt", "left", "generated", "visual", "prefill_macs", "decode_macs", "macs", "payload_bytes"):
             assert getattr(own, name)[0] == getattr(answered, name)[i], name
-        assert answered.generated[i] == length
 
 
 def test_generation_with_moved_positions_is_repeated_forward(images):
@@ -130,107 +86,69 @@ def test_generation_with_moved_positions_is_repeated_forward(images):
 
 def test_placeholders_may_be_expanded_and_padded_on_either_side(images):
     merged = adaptive(tiny.llava(), images)
-    expected = merged(*tiny.padded(tiny.PROMPTS)[:1], images, tiny.padded(tiny.PROMPTS)[1])[0]
-    for side in ("left", "right"):
-        for repeat in (1, 64):
-            ids, mask = tiny.padded(tiny.PROMPTS, side, repeat)
-            assert torch.equal(merged(ids, images, mask)[0], expected)
+    expected = merged(IDS, images, MASK)[0]
+    for side, repeat in (("left", 64), ("right", 1), ("right", 64)):
+        ids, mask = tiny.padded(tiny.PROMPTS, side, repeat)
+        assert torch.equal(merged(ids, images, mask)[0], expected)
 
 
 def test_an_answer_ends_with_its_end_of_text(images):
     model = tiny.llava()
-    merged = adaptive(model, images)
-    ids, mask = tiny.padded(tiny.PROMPTS)
-    free = merged.generate(ids, images, mask, max_new_tokens=6)[0]
+    answer = partial(adaptive(model, images).generate, IDS, images, MASK, max_new_tokens=6)
+    free = answer()[0]
     # The third token of the first answer becomes the end of text: whatever follows it is not counted.
     model.generation_config.eos_token_id = eos = int(free[0, 2])
-    _, record = merged.generate(ids, images, mask, max_new_tokens=6)
+    record = answer()[1]
     expected = [(row.index(eos) + 1 if eos in row else 6) for row in free.tolist()]
     assert record.generated.tolist() == expected
     assert expected[0] <= 3
-    passes = record.generated - 1
-    assert ((record.decode_macs > 0) == (passes > 0)).all()
+    assert ((record.decode_macs > 0) == (record.generated > 1)).all()
     model.generation_config.eos_token_id = None
-    assert merged.generate(ids, images, mask, max_new_tokens=6)[1].generated.tolist() == [6] * 5
+    assert answer()[1].generated.tolist() == [6] * 5
 
 
-@pytest.mark.parametrize("cut", ["tower", "projector"])
+@pytest.mark.parametrize(("cut", "width"), [("tower", 48), ("projector", 32)])
 @pytest.mark.parametrize("precision", wire.PRECISIONS)
-@pytest.mark.parametrize("positions", llava.POSITIONS)
-def test_payload_bytes_are_the_length_of_the_real_payload(cut, precision, positions, images):
-    model = tiny.llava()
-    merged = adaptive(model, images, cut=cut, precision=precision, positions=positions)
-    sent = merged.encode_images(images)
-    width = 48 if cut == "tower" else 32
-    for i, payload in enumerate(sent.payloads()):
-        received = wire.decode(payload)
-        assert len(payload) == sent.payload_bytes[i]
-        assert received.tokens.shape == (sent.tokens.lengths[i], width)
-        if positions == "consecutive":
-            assert received.sizes is None
-        else:
-            first = sent.first.split(sent.tokens.layout.counts)[i]
-            assert (received.sizes - 1).tolist() == first.tolist()
-            assert first.min() == 0
-            assert len(set(first.tolist())) == len(first)
-
-
-@pytest.mark.parametrize("positions", llava.POSITIONS)
-def test_sizes_and_first_patches_travel_in_one_number(positions, images):
-    merged = adaptive(tiny.llava(), images, positions=positions, weights="size")
+@POSITIONS
+@pytest.mark.parametrize("weights", llava.WEIGHTS)
+def test_payloads_hold_tokens_and_in_one_number_sizes_and_first_patches(
+    cut, width, precision, positions, weights, images
+):
+    merged = adaptive(tiny.llava(), images, cut=cut, precision=precision, positions=positions, weights=weights)
     sent = merged.encode_images(images, source=True)
     for i, payload in enumerate(sent.payloads()):
+        received, source = wire.decode(payload), sent.tokens.source[i].tolist()
         assert len(payload) == sent.payload_bytes[i]
-        source = sent.tokens.source[i].tolist()
-        for token, number in enumerate(wire.decode(payload).sizes.tolist()):
-            size, first = source.count(token), source.index(token)
-            assert number == (size if positions == "consecutive" else 64 * (size - 1) + first + 1)
+        assert received.tokens.shape == (sent.tokens.lengths[i], width)
+        size = [source.count(token) if weights == "size" else 1 for token in range(len(received.tokens))]
+        first = [source.index(token) if positions == "first" else None for token in range(len(received.tokens))]
+        if (positions, weights) == ("consecutive", "one"):
+            assert received.sizes is None
+        elif positions == "consecutive":
+            assert received.sizes.tolist() == size
+        else:
+            assert received.sizes.tolist() == [64 * (s - 1) + f + 1 for s, f in zip(size, first, strict=True)]
 
 
 def test_the_server_computes_with_what_quantisation_leaves(images):
     model = tiny.llava()
-    ids, mask = tiny.padded(tiny.PROMPTS)
     for precision in wire.PRECISIONS:
         merged = llava.patch(model, TopR(4), precision=precision)
         sent = merged.encode_images(images)
         received = [wire.decode(payload).tokens for payload in sent.payloads()]
         again = dataclasses.replace(sent, tokens=dataclasses.replace(sent.tokens, x=torch.cat(received)))
-        expected = llava.patch(model, TopR(4), precision="float32")(ids, again, mask)[0]
+        expected = llava.patch(model, TopR(4), precision="float32")(IDS, again, MASK)[0]
         # The 16-bit formats only set the payload's length: their rounding is left out.
         atol = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.15}.get(precision, 1e-4)
-        torch.testing.assert_close(merged(ids, sent, mask)[0], expected, atol=atol, rtol=0)
+        torch.testing.assert_close(merged(IDS, sent, MASK)[0], expected, atol=atol, rtol=0)
 
 
 def test_the_cheaper_cut():
     model = tiny.llava()
     assert llava.patch(model, None).cut == "projector", "the projector narrows 48 to 32"
-    text = {**tiny.TEXT, "hidden_size": 48}
-    wide = tiny.llava(text=type(model.config.text_config)(**text))
+    wide = tiny.llava(text=MistralConfig(**{**tiny.TEXT, "hidden_size": 48}))
     assert llava.patch(wide, None).cut == "tower", "of equal widths, the cut that spares the device work"
     assert llava.patch(wide, None, output_policy=TopR(2)).cut == "projector"
-
-
-def test_one_look_serves_many_questions(images):
-    merged = adaptive(tiny.llava(), images, positions="first")
-    sent = merged.encode_images(images, source=True)
-    rows = torch.tensor([4, 0, 0, 2])
-    picked = sent.pick(rows)
-    prompts = [tiny.PROMPTS[i] for i in (0, 1, 2, 4)]
-    ids, mask = tiny.padded(prompts)
-    new, record = merged.generate(ids, picked, mask, max_new_tokens=4)
-    expected, own = merged.generate(ids, images[rows], mask, max_new_tokens=4)
-    assert new.tolist() == expected.tolist()
-    assert record.macs.tolist() == own.macs.tolist()
-    assert record.payload_bytes.tolist() == own.payload_bytes.tolist()
-    assert torch.equal(picked.tokens.source, merged.encode_images(images[rows], source=True).tokens.source)
-    assert torch.equal(picked.tokens.sizes, merged.encode_images(images[rows]).tokens.sizes)
-    assert own.visual_tokens.tokens.source is None
-
-
-def flops(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() / 2
 
 
 def test_macs_equal_torchs_count(images):
@@ -243,8 +161,8 @@ def test_macs_equal_torchs_count(images):
     n = int(record.prompt[0])
     with torch.no_grad():
         x = torch.empty(1, n, 32, device="meta")
-        prefill = flops(lambda: ghost(inputs_embeds=x, logits_to_keep=1))
-        projector = flops(lambda: ghost.model.multi_modal_projector(torch.empty(64, 48, device="meta")))
+        prefill = checks.counted_macs(lambda: ghost(inputs_embeds=x, logits_to_keep=1))
+        projector = checks.counted_macs(lambda: ghost.model.multi_modal_projector(torch.empty(64, 48, device="meta")))
     assert record.prefill_macs[0] == pytest.approx(prefill, rel=0.002)
     assert record.visual_tokens.projector_macs[0] == projector
     # The passes after the prefill, each with one token more behind it.
@@ -257,10 +175,10 @@ def test_macs_equal_torchs_count(images):
 
 def test_merging_costs_less_and_sends_less(images):
     model = tiny.llava()
-    ids, mask = tiny.padded(tiny.PROMPTS)
-    full = llava.patch(model, None)(ids, images, mask)[1]
-    merged = llava.patch(model, TopR(5))(ids, images, mask)[1]
-    further = llava.patch(model, TopR(5), output_policy=TopR(6))(ids, images, mask)[1]
+    full, merged, further = (
+        llava.patch(model, policy, output_policy=output)(IDS, images, MASK)[1]
+        for policy, output in ((None, None), (TopR(5), None), (TopR(5), TopR(6)))
+    )
     for less, more in ((merged, full), (further, merged)):
         assert (less.macs < more.macs).all()
         assert (less.payload_bytes < more.payload_bytes).all()
@@ -269,23 +187,13 @@ def test_merging_costs_less_and_sends_less(images):
     half = n - n // 2
     overhead = half * (n - half) * 32 + 2 * n * 32 + (n + left) * 32
     assert torch.equal(further.visual_tokens.projector_macs - merged.visual_tokens.projector_macs, overhead)
-    off = llava.patch(model, TopR(5), output_policy=TopR(0))(ids, images, mask)[1]
-    assert torch.equal(off.macs, merged.macs)
 
 
-def test_patching_leaves_the_model_alone(images):
+def test_patching_leaves_the_model_alone_and_again_replaces_the_policy(images):
     model = tiny.llava()
-    before = copy.deepcopy(model.state_dict())
-    merged = llava.patch(model, TopR(5))
-    merged(torch.tensor([tiny.PROMPTS[0]]), images[:1])
-    assert llava.unpatch(merged) is model
-    assert type(model) is LlavaForConditionalGeneration
-    assert merged.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert merged.load_state_dict(before).missing_keys == []
-    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in model.parameters())
-    again = llava.patch(merged, TopR(2))
-    assert llava.unpatch(again) is model
+    patch = partial(llava.patch, policy=TopR(5))
+    checks.leaves_model_alone(model, patch, llava.unpatch, lambda merged: merged(IDS, images, MASK))
+    again = llava.patch(patch(model), TopR(2))
     assert again.encode_images(images).layers[0].tolist() == [65, 63, 61, 59, 57]
 
 
@@ -296,69 +204,135 @@ def test_a_saved_model_is_loaded_and_merged(tmp_path, images):
     loaded, processor = llava.load_llava(str(tmp_path))
     batch = processor(images=[Image.new("RGB", (50, 40))], text=["<image> is there a cat ?"], return_tensors="pt")
     assert (batch["input_ids"] == 3).sum() == 64
-    ids, mask = tiny.padded(tiny.PROMPTS)
     for policy in (None, TopR(6)):
-        expected = llava.patch(model, policy)(ids, images, mask)[0]
-        torch.testing.assert_close(llava.patch(loaded, policy)(ids, images, mask)[0], expected, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="no LLaVA model"):
-        llava.load_llava(str(tmp_path / "nowhere"))
+        expected = llava.patch(model, policy)(IDS, images, MASK)[0]
+        torch.testing.assert_close(llava.patch(loaded, policy)(IDS, images, MASK)[0], expected, atol=1e-6, rtol=0)
 
 
 def test_half_precision(images):
     model = tiny.llava().to(torch.bfloat16)
-    logits, record = llava.patch(model, TopR(8))(*tiny.padded(tiny.PROMPTS)[:1], images, tiny.padded(tiny.PROMPTS)[1])
+    logits, record = llava.patch(model, TopR(8))(IDS, images, MASK)
     assert logits.dtype == torch.bfloat16
+    assert logits[:, -1].isfinite().all()
     assert record.visual.tolist() == [32] * 5
 
 
-def test_calibration_of_the_output(images):
+def changed(**text):
+    """A LLaVA whose language model is said to be another."""
     model = tiny.llava()
-    sent = Calibration.of(lambda observer: llava.patch(model, None, output_policy=observer).encode_images(images))
-    (tau,) = sent.thresholds([0.5])
-    sent = llava.patch(tiny.llava(), None, output_policy=Threshold([tau])).encode_images(images)
-    assert 64 * 5 - 83 <= len(sent.tokens.x) <= 64 * 5 - 77
+    vars(model.config.text_config).update(text)
+    return model
 
 
-def test_bad_input_is_named(images):
+def ask(rows, images, **options):
+    return llava.patch(tiny.llava(), None, **options).generate(torch.tensor(rows), images[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda patch, _: llava.patch(torch.nn.Linear(2, 2), None), TypeError, "cannot merge tokens in a Linear"),
+        (lambda patch, _: llava.patch(changed(model_type="gpt2"), None), TypeError, "language model 'gpt2'"),
+        (
+            lambda patch, _: llava.patch(tiny.llava(vision_feature_layer=[-2, -1]), None),
+            TypeError,
+            r"layers \[-2, -1\]",
+        ),
+        (lambda patch, _: patch(None, output_policy=0.9), TypeError, "output_policy is a float"),
+        (lambda patch, _: patch(None, output_policy=Threshold([0.9] * 2)), ValueError, "2 thresholds .* of 1 blocks"),
+        (lambda patch, _: patch(None, output_policy=TopR(1), cut="tower"), ValueError, "needs cut='projector'"),
+        (lambda patch, _: patch(None, cut="middle"), ValueError, "unknown cut 'middle'"),
+        (lambda patch, _: patch(None, weights="two"), ValueError, "unknown weights 'two'"),
+        (lambda patch, _: patch(None, precision="int3"), ValueError, "unknown precision 'int3'"),
+        (lambda patch, _: patch(None, pruning=Pruning(1, 0.0)), ValueError, "keep is a share"),
+        (lambda patch, _: patch(None, pruning=Pruning(0, 0.5)), ValueError, "layer at least 1"),
+        (lambda patch, _: patch(None, pruning=Pruning(2, 0.5)), ValueError, "has 2 layers"),
+        (lambda patch, images: llava.patch(changed(sliding_window=30), None)(IDS, images), ValueError, "window of 30"),
+        (lambda patch, images: patch(None)(IDS[:1], images), ValueError, "placeholders for 1 images, 5 are given"),
+        (lambda patch, images: patch(None).train()(IDS, images), RuntimeError, "eval"),
+        (lambda _, images: ask([[1, 3], [1, 5]], images), ValueError, "placeholders for 1 images, 2 are given"),
+        (lambda _, images: ask([[1, 3, 4], [3, 5, 3]], images), ValueError, "placeholders for 3 images, 2 are given"),
+        (
+            lambda _, images: ask([[3, 4], [4, 3]], images, positions="first"),
+            ValueError,
+            "prompt 1 ends with the image",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, error, message, images):
+    with pytest.raises(error, match=message):
+        make(partial(llava.patch, tiny.llava()), images)
+
+
+def theirs(model, ids, images, mask, **options):
+    return model.generate(input_ids=ids, pixel_values=images, attention_mask=mask, max_new_tokens=5, **options)
+
+
+def test_prompts_hold_several_images_or_none_and_take_what_the_processor_gives(images):
+    model, n = tiny.llava(), 64
+    merged, image = llava.patch(model, None), tiny.IMAGE_TOKEN
+    rows = [[1, image, image, 9], [1, 30, 31, 8], [image, 5, image, 6, image, 7]]
+    single, mask = tiny.padded(rows)
+    ids, full = tiny.padded(rows, repeat=n)
+    new, record = merged.generate(input_ids=single, pixel_values=images, attention_mask=mask, max_new_tokens=5)
+    whole = theirs(model, ids, images, full, do_sample=False)
+    assert new.tolist() == whole[:, ids.shape[1] :].tolist()
+    assert record.visual.tolist() == [2 * n, 0, 3 * n]
+    assert record.prompt.tolist() == full.sum(1).tolist()
+    # Expanded placeholders of neighbouring images are told apart by their number.
+    assert torch.equal(merged.generate(ids, images, full, 5)[0], new)
+    text, _ = merged.generate(torch.tensor([[1, 30, 31, 8]]), max_new_tokens=5)
+    assert text[0].tolist() == new[1].tolist()
+
+
+def test_several_images_merge_each_by_itself(images):
+    merged = adaptive(tiny.llava(), images)
+    both, record = merged(torch.tensor([[1, 3, 7, 3, 9]]), images[:2])
+    each = [merged(torch.tensor([[1, 3, 9]]), images[i : i + 1])[1] for i in range(2)]
+    assert record.visual.item() == sum(one.visual.item() for one in each)
+    assert record.payload_bytes.item() == sum(one.payload_bytes.item() for one in each)
+    assert record.vision_macs.item() == sum(one.vision_macs.item() for one in each)
+    assert both.shape[1] == record.prompt.item() == record.visual.item() + 3
+
+
+def test_padding_without_a_mask_is_found_as_transformers_does(images):
     model = tiny.llava()
-    with pytest.raises(TypeError, match="cannot merge tokens in a Linear"):
-        llava.patch(torch.nn.Linear(2, 2), None)
-    with pytest.raises(TypeError, match="policy is a float"):
-        llava.patch(model, 0.9)
-    with pytest.raises(TypeError, match="output_policy is a float"):
-        llava.patch(model, None, output_policy=0.9)
-    with pytest.raises(ValueError, match="2 thresholds for a model of 1 blocks"):
-        llava.patch(model, None, output_policy=Threshold([0.9, 0.9]))
-    with pytest.raises(ValueError, match="5 thresholds for a model of 4 blocks"):
-        llava.patch(model, Threshold([0.9] * 5))
-    with pytest.raises(ValueError, match="unknown cut 'middle'"):
-        llava.patch(model, None, cut="middle")
-    with pytest.raises(ValueError, match="unknown positions"):
-        llava.patch(model, None, positions="last")
-    with pytest.raises(ValueError, match="unknown weights 'two'"):
-        llava.patch(model, None, weights="two")
-    with pytest.raises(ValueError, match="unknown precision 'int3'"):
-        llava.patch(model, None, precision="int3")
-    with pytest.raises(ValueError, match="needs cut='projector'"):
-        llava.patch(model, None, output_policy=TopR(1), cut="tower")
-    with pytest.raises(TypeError, match=r"features of layers \[-2, -1\]"):
-        llava.patch(tiny.llava(vision_feature_layer=[-2, -1]), None)
-    model.config.text_config.model_type = "gpt2"
-    with pytest.raises(TypeError, match="language model 'gpt2'"):
-        llava.patch(model, None)
-
-    merged = llava.patch(tiny.llava(), None, positions="first")
-    for prompt, found in (([1, 5], 0), ([3, 5, 3], 2), ([3, 3, 5], 2)):
-        with pytest.raises(ValueError, match=f"prompt 1 has {found} image placeholders"):
-            merged(torch.tensor([[1, 3, 4][: len(prompt)], prompt]), images[:2])
-    with pytest.raises(ValueError, match="1 prompts for 2 images"):
-        merged(torch.tensor([[1, 3]]), images[:2])
-    with pytest.raises(ValueError, match="prompt 1 ends with the image"):
-        merged.generate(torch.tensor([[1, 3, 4], [1, 4, 3]]), images[:2])
-    with pytest.raises(RuntimeError, match="eval"):
-        merged.train()(torch.tensor([[1, 3]]), images[:1])
+    ids, _ = tiny.padded(tiny.PROMPTS, repeat=64)
+    expected = theirs(model, ids, images, None, do_sample=False)[:, ids.shape[1] :]
+    assert llava.patch(model, None).generate(ids, images, max_new_tokens=5)[0].tolist() == expected.tolist()
 
 
-def test_the_public_patch_still_names_its_model():
-    with pytest.raises(TypeError, match="timm VisionTransformer"):
-        tokmerge.patch(tiny.llava(), None)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=4 is asked for: merged models answer greedily"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is asked for"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is asked for"),
+        ({"do_sample": True}, "do_sample=True is asked for"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: at least 1"),
+    ],
+)
+def test_what_is_not_greedy_is_refused_by_name(options, message, images):
+    with pytest.raises(ValueError, match=message):
+        llava.patch(tiny.llava(), None).generate(IDS, images, MASK, **options)
+
+
+def test_what_a_generation_config_asks_for_is_not_ignored(images):
+    model = tiny.llava()
+    merged = llava.patch(model, None)
+    with pytest.raises(TypeError, match="no option temperature"):
+        merged.generate(IDS, images, MASK, temperature=0.5)
+    model.generation_config.repetition_penalty = 1.1
+    with pytest.raises(ValueError, match=r"repetition_penalty=1.1 is in the model's generation_config"):
+        merged.generate(IDS, images, MASK)
+    plain = merged.generate(IDS, images, MASK, 5, repetition_penalty=1.0, use_cache=False)[0]
+    ids, mask = tiny.padded(tiny.PROMPTS, repeat=64)
+    whole = theirs(model, ids, images, mask, do_sample=False, repetition_penalty=1.0, use_cache=False)
+    assert plain.tolist() == whole[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"])
+def test_llavas_of_other_kinds_are_refused(name):
+    other = torch.nn.Module.__new__(getattr(transformers, name))
+    with pytest.raises(TypeError, match=f"cannot merge tokens in a {name}: a transformers LlavaForConditional"):
+        llava.patch(other, None)

@@ -25,15 +25,12 @@ def tokens():
 )
 def test_merging_the_output_equals_the_plain_implementation(tokens, policy, choose):
     merged, macs = visual_tokens.merge_output(tokens, policy)
-    for i, x in enumerate(tokens.split()):
-        sizes = tokens.sizes.split(tokens.layout.counts)[i].tolist()
-        layer = reference.Layer(0, x[None], [], sizes, [{0}] * len(x), 0)
-        rows, expected_sizes, _ = reference.combine(x, sizes, layer.groups, **choose(layer))
+    for i, (x, sizes) in enumerate(zip(tokens.split(), tokens.sizes.split(tokens.layout.counts), strict=True)):
+        rows, expected_sizes, _ = reference.merge_once(x, sizes.tolist(), [{0}] * len(x), choose)
         torch.testing.assert_close(merged.split()[i], rows)
         assert merged.sizes.split(merged.layout.counts)[i].tolist() == expected_sizes
         n, left = len(x), len(rows)
-        overhead = (n - n // 2) * (n // 2) * 5 + 2 * n * 5 + (n != left) * (n + left) * 5
-        assert macs[i] == overhead
+        assert macs[i] == (n - n // 2) * (n // 2) * 5 + 2 * n * 5 + (n != left) * (n + left) * 5
 
 
 def test_an_idle_policy_costs_nothing(tokens):
@@ -51,14 +48,17 @@ def test_first_patches(tokens):
         visual_tokens.first_patches(Packed(tokens.x, tokens.layout))
 
 
-def test_pick_without_sizes_and_source(tokens):
-    number = torch.arange(3)
-    sent = VisualTokens(Packed(tokens.x, tokens.layout), None, False, 12, "int8", number[:, None], number, number)
-    picked = sent.pick(torch.tensor([2, 2, 1]))
+@pytest.mark.parametrize("known", [False, True])
+def test_picked_images_have_all_that_is_known_of_them(tokens, known):
+    number, packed = torch.arange(3), tokens if known else Packed(tokens.x, tokens.layout)
+    first = visual_tokens.first_patches(tokens) if known else None
+    sent = VisualTokens(packed, first, known, 12, "int8", number[:, None], number, number)
+    picked, rows = sent.pick(torch.tensor([2, 2, 1])), [*range(7, 16), *range(7, 16), 6]
     assert len(picked) == 3
     assert picked.tokens.lengths.tolist() == [9, 9, 1]
-    assert torch.equal(picked.tokens.x, torch.cat([tokens.x[7:], tokens.x[7:], tokens.x[6:7]]))
-    assert picked.tokens.sizes is None
-    assert picked.tokens.source is None
-    assert picked.vision_macs.tolist() == [2, 2, 1]
+    for name, index in (("x", rows), ("sizes", rows), ("source", [2, 2, 1])):
+        part, whole = getattr(picked.tokens, name), getattr(packed, name)
+        assert part is whole is None or torch.equal(part, whole[index]), name
+    assert picked.first is first is None or torch.equal(picked.first, first[rows])
+    assert picked.vision_macs.tolist() == picked.projector_macs.tolist() == picked.layers[:, 0].tolist() == [2, 2, 1]
     assert [len(p) for p in picked.payloads()] == picked.payload_bytes.tolist()

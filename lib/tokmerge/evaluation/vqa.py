@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tokmerge.data.questions import Question, QuestionSet
 from tokmerge.io import store
-from tokmerge.models.llava import MergedLlava
+from tokmerge.models.llava import GREEDY, MergedLlava
 from tokmerge.models.visual_tokens import LlavaRecord
 
 # LLaVA-1.5's prompt for short answers (Liu et al., 2310.03744, table 7).
@@ -131,7 +131,7 @@ def answer_batches(
     for questions, pixels, rows, prompts in batches:
         seen = merged.encode_images(pixels.to(device)).pick(rows.to(device))
         ids, mask = prompts["input_ids"].to(device), prompts["attention_mask"].to(device)
-        new, record = merged.generate(ids, seen, mask, max_new_tokens)
+        new, record = merged.generate(ids, seen, mask, max_new_tokens, **GREEDY)
         yield tabulate(processor, questions, new, record, normalised), record
 
 
@@ -176,8 +176,8 @@ def tabulate(
         "tokens": record.visual,
         "prompt": record.prompt,
         "generated": record.generated,
-        "vision_macs": record.visual_tokens.vision_macs,
-        "projector_macs": record.visual_tokens.projector_macs,
+        "vision_macs": record.vision_macs,
+        "projector_macs": record.projector_macs,
         "prefill_macs": record.prefill_macs,
         "decode_macs": record.decode_macs,
         "macs": record.macs,

@@ -6,8 +6,9 @@
     server   projector                                            (where the cut is "tower")
              prompt with one placeholder per surviving token, left padded; language model
 
-Every sample keeps its own number of visual tokens. The language model's layers are run as they are
-(`tokmerge.models.language_model`); neither its class nor its weights nor its methods are touched.
+Every image keeps its own number of visual tokens, and a prompt may hold several images or none. The language model's
+layers are run as they are (`tokmerge.models.language_model`); neither its class nor its weights nor its methods are
+touched. Answers are greedy: whatever else the model's generation_config or a call asks for is refused.
 
 *Positions.* "consecutive": the prompt is numbered as it is read. "first": a merged token takes the position of
 the first patch it stands for, and the text after the image goes on where it would without merging. The server
@@ -20,8 +21,9 @@ it stands for would have, by the logarithm of their number in the attention scor
 changes no answer, only set the length of the payload.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokmerge import wire
 from tokmerge.io.extras import extra
-from tokmerge.merging.matching import Policy
+from tokmerge.merging.matching import Policy, needed_by
 from tokmerge.models import language_model, vision_tower
 from tokmerge.models.configuration import Configuration, LlavaConfiguration, Pruning
 from tokmerge.models.cost import LanguageCost, linear_macs
@@ -46,6 +48,8 @@ POSITIONS = ("consecutive", "first")
 WEIGHTS = ("one", "size")
 # Language models whose matrix products `LanguageCost` counts.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+# Greedy generation, in transformers' terms; whatever a cache does to the speed, it changes no answer.
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 
 
 class MergedLlava(MergedModel):
@@ -58,14 +62,23 @@ class MergedLlava(MergedModel):
         output_policy, positions, precision, weights, pruning: as of `patch`.
     """
 
+    tower: vision_tower.MergedTower
+
     def __init__(
         self, model: LlavaForConditionalGeneration, tower: vision_tower.MergedTower, output_policy: Policy | None,
         positions: str, cut: str, precision: str, weights: str, pruning: Pruning | None,
     ) -> None:  # fmt: skip
         super().__init__(model)
-        self.tower, self.output_policy, self.positions, self.cut = tower, output_policy, positions, cut
+        # No part of this module: the wrapped model has its weights.
+        self.__dict__["tower"] = tower
+        self.output_policy, self.positions, self.cut = output_policy, positions, cut
         self.precision, self.weights, self.pruning = precision, weights, pruning
         self.cost = LanguageCost.of(model)
+
+    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().passed_over()
+        yield "model", self.model.model
+        yield "model.language_model", self.model.model.language_model
 
     def encode_images(self, images: Tensor, source: bool = False) -> VisualTokens:
         """What the device does: (B, C, H, W) images, as the vision tower takes them, to the tokens that are sent."""
@@ -85,15 +98,15 @@ class MergedLlava(MergedModel):
         return VisualTokens(tokens, first, weighed, n, self.precision, record.tokens, record.macs, projector_macs)
 
     def forward(
-        self, input_ids: Tensor, images: Tensor | VisualTokens, attention_mask: Tensor | None = None,
-        logits_to_keep: int = 0,
+        self, input_ids: Tensor, pixel_values: Tensor | VisualTokens | None = None,
+        attention_mask: Tensor | None = None, logits_to_keep: int = 0,
     ) -> tuple[Tensor, LlavaRecord]:  # fmt: skip
         """Scores of the next token at every position, left padded.
 
         Args:
-            input_ids: (B, S), in every row one run of image placeholders: a single one, or as many as an
-                unmerged image has tokens.
-            images: (B, C, H, W), or what `encode_images` made of them.
+            input_ids: (B, S); an image is a single placeholder, or as many as an unmerged image has tokens.
+            pixel_values: (images, C, H, W) in the order of their placeholders, or what `encode_images` made of them;
+                None for none.
             attention_mask: (B, S), 0 where ``input_ids`` are padding, on either side; None for no padding.
             logits_to_keep: how many last positions to score; 0 for all.
 
@@ -101,32 +114,53 @@ class MergedLlava(MergedModel):
             logits (B, longest, vocabulary), aligned to the right, of the tokens that are not pruned, and the record.
 
         Raises:
-            RuntimeError: the model is in training mode.
-            ValueError: a row without, or with another number of placeholders; images of the wrong shape or number.
+            RuntimeError: the model is in training mode, or a hook would be ignored.
+            ValueError: placeholders that are not those of the images; images of the wrong shape.
         """
-        prompts, record = self._prompts(input_ids, images, attention_mask)
+        prompts, record = self._prompts(input_ids, pixel_values, attention_mask)
         left = language_model.read(self.model, prompts, self.pruning)
         return self.model.lm_head(left.x[:, -logits_to_keep:]), record
 
     def generate(
-        self, input_ids: Tensor, images: Tensor | VisualTokens, attention_mask: Tensor | None = None,
-        max_new_tokens: int = 16,
+        self, input_ids: Tensor, pixel_values: Tensor | VisualTokens | None = None,
+        attention_mask: Tensor | None = None, max_new_tokens: int = 16, use_cache: bool = True, **greedy: Any,
     ) -> tuple[Tensor, LlavaRecord]:  # fmt: skip
         """Answer greedily: (B, longest answer) int64 new tokens, padded after the end of text, and the record.
 
-        Arguments and errors as of `forward`; a prompt must not end with the image unless positions are consecutive.
+        Arguments and errors as of `forward`. Without a mask, padding is found by the model's pad_token_id, as
+        transformers does. A prompt must not end with an image unless positions are consecutive. ``use_cache`` changes
+        nothing; ``greedy`` are options in `GREEDY`, which say so where the model's generation_config asks for more.
         """
-        prompts, record = self._prompts(input_ids, images, attention_mask)
+        self._check_greedy(greedy)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
+        pad = self.model.generation_config.pad_token_id
+        if attention_mask is None and pad is not None and pad not in self._ends(input_ids.device).tolist():
+            attention_mask = (input_ids != pad).long()
+        prompts, record = self._prompts(input_ids, pixel_values, attention_mask)
         if self.positions == "first" and (ends := prompts.visual[:, -1]).any():
             # Generation counts on from the last position, which here need not be the image's end.
             row = int(ends.int().argmax())
             raise ValueError(f"prompt {row} ends with the image: positions='first' needs text after it")
         new, scores = language_model.generate_answers(self.model, prompts, max_new_tokens, self.pruning)
-        eos = self.model.generation_config.eos_token_id
-        ends = torch.isin(new, torch.tensor([] if eos is None else eos, dtype=new.dtype, device=new.device))
+        ends = torch.isin(new, self._ends(new.device))
         generated = ((ends.cumsum(1) - ends.long()) == 0).sum(1)
         decode_macs = self.cost.decode(record.prompt, record.left, self._pruned, generated)
         return new, replace(record, generated=generated, decode_macs=decode_macs, scores=scores)
+
+    def _ends(self, device: torch.device) -> Tensor:
+        """Tokens that end an answer."""
+        eos = self.model.generation_config.eos_token_id
+        return torch.tensor([] if eos is None else eos, dtype=torch.int64, device=device).flatten()
+
+    def _check_greedy(self, given: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(given) - set(GREEDY)):
+            raise TypeError(f"generate() has no option {', '.join(unknown)}")
+        for name, value in GREEDY.items():
+            asked = given.get(name, getattr(self.model.generation_config, name, None))
+            if asked not in (None, value):
+                where = "asked for" if name in given else "in the model's generation_config"
+                raise ValueError(f"{name}={asked!r} is {where}: merged models answer greedily, pass {name}={value!r}")
 
     @property
     def _pruned(self) -> int:
@@ -134,51 +168,68 @@ class MergedLlava(MergedModel):
         return 0 if self.pruning is None else self.cost.depth - self.pruning.layer
 
     def _prompts(
-        self, input_ids: Tensor, images: Tensor | VisualTokens, attention_mask: Tensor | None
+        self, input_ids: Tensor, pixel_values: Tensor | VisualTokens | None, attention_mask: Tensor | None
     ) -> tuple[Prompts, LlavaRecord]:
         """What the language model reads, and the record."""
-        self.check_inference()
-        sent = images if isinstance(images, VisualTokens) else self.encode_images(images)
-        if len(input_ids) != len(sent):
-            raise ValueError(f"{len(input_ids)} prompts for {len(sent)} images")
-        visual = sent.tokens.x
+        self.check_ready()
+        if pixel_values is None:
+            pixel_values = torch.empty(0, *self.tower.image_shape, dtype=self.model.dtype, device=input_ids.device)
+        sent = pixel_values if isinstance(pixel_values, VisualTokens) else self.encode_images(pixel_values)
+        prompts = [ids if attention_mask is None else ids[mask.bool()] for ids, mask in zip(
+            input_ids, input_ids if attention_mask is None else attention_mask, strict=True)]  # fmt: skip
+        spans = [self._placeholders(ids) for ids in prompts]
+        owner = [row for row, own in enumerate(spans) for _ in own]
+        if len(owner) != len(sent):
+            form = f"an image is a single placeholder, or {self.tower.n_features} in a row"
+            raise ValueError(f"the prompts have placeholders for {len(owner)} images, {len(sent)} are given: {form}")
+        images, embed = self._image_parts(sent), self.model.get_input_embeddings()
+        rows = []
+        for ids, own in zip(prompts, spans, strict=True):
+            parts: list[tuple[Tensor, ...]] = []
+            at = position = 0
+            for start, end in [*own, (len(ids), len(ids))]:
+                text, nothing = ids[at:start], torch.zeros(start - at, device=ids.device)
+                numbers = position + torch.arange(len(text), device=ids.device)
+                parts.append((embed(text), numbers, nothing.bool(), nothing.to(self.model.dtype)))
+                at, position = end, position + len(text)
+                if start < end:
+                    x, numbers, weight, taken = next(images)
+                    parts.append((x, position + numbers, torch.ones_like(numbers, dtype=torch.bool), weight))
+                    position += taken
+            rows.append([torch.cat(column) for column in zip(*parts, strict=True)])
+        embeds, positions, is_visual, weights = zip(*rows, strict=True)
+        there = [torch.ones_like(row, dtype=torch.bool) for row in positions]
+        columns = (embeds, there, positions, is_visual, weights)
+        padded = Prompts(*(pad_sequence(list(part), batch_first=True, padding_side="left") for part in columns))
+        prompt, n = padded.there.sum(1), padded.visual.sum(1)
+        left = prompt if self.pruning is None else prompt - n + self.pruning.left(n)
+        owners, zeros = torch.tensor(owner, dtype=torch.int64, device=prompt.device), torch.zeros_like(prompt)
+        prefill_macs = self.cost.prefill(prompt, left, self._pruned)
+        return padded, LlavaRecord(sent, owners, prompt, left, zeros, prefill_macs, zeros)
+
+    def _image_parts(self, sent: VisualTokens) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """Of every image its tokens as the language model reads them, places, weights, and places that it takes up."""
+        visual, counts = sent.tokens.x, sent.tokens.layout.counts
         if self.precision in ("int8", "int4"):
             visual = wire.quantise(visual.float(), self.precision).to(visual.dtype)
         if self.cut == "tower":
             visual = self.model.model.multi_modal_projector(visual)
-        counts, embed = sent.tokens.layout.counts, self.model.get_input_embeddings()
-        firsts = [None] * len(counts) if sent.first is None else sent.first.split(counts)
-        embeds, positions, is_visual, weights = [], [], [], []
         sizes = sent.sizes if sent.weighed else torch.ones_like(sent.sizes)
-        weight = sizes.to(self.model.dtype).log().split(counts)
-        for row, (tokens, first) in enumerate(zip(visual.split(counts), firsts, strict=True)):
-            ids = input_ids[row] if attention_mask is None else input_ids[row][attention_mask[row].bool()]
-            start, end = self._placeholders(ids, row)
-            embeds.append(torch.cat([embed(ids[:start]), tokens.to(self.model.dtype), embed(ids[end:])]))
-            here = torch.arange(len(embeds[-1]), device=ids.device)
-            is_visual.append((here >= start) & (here < start + len(tokens)))
-            weights.append(torch.zeros_like(here, dtype=self.model.dtype).masked_scatter_(is_visual[-1], weight[row]))
-            if first is not None:
-                tail = here[: len(ids) - end] + start + self.tower.n_features
-                here = torch.cat([here[:start], first + start, tail])
-            positions.append(here)
-        prompt = torch.tensor([len(row) for row in positions], device=input_ids.device)
-        there = [torch.ones_like(row, dtype=torch.bool) for row in positions]
-        columns = (embeds, there, positions, is_visual, weights)
-        prompts = Prompts(*(pad_sequence(rows, batch_first=True, padding_side="left") for rows in columns))
-        n, zeros = sent.tokens.lengths, torch.zeros_like(prompt)
-        left = prompt if self.pruning is None else prompt - n + self.pruning.left(n)
-        prefill_macs = self.cost.prefill(prompt, left, self._pruned)
-        return prompts, LlavaRecord(sent, prompt, left, zeros, prefill_macs, zeros)
+        places = sent.tokens.layout.position if sent.first is None else sent.first
+        columns = (visual.to(self.model.dtype), places, sizes.to(self.model.dtype).log())
+        for x, place, weight in zip(*(column.split(counts) for column in columns), strict=True):
+            yield x, place, weight, len(x) if sent.first is None else self.tower.n_features
 
-    def _placeholders(self, ids: Tensor, row: int) -> tuple[int, int]:
-        """Where the run of placeholders starts and ends."""
-        places = (ids == self.model.config.image_token_id).nonzero().flatten().tolist()
-        n = self.tower.n_features
-        if len(places) not in (1, n) or any(b - a != 1 for a, b in pairwise(places)):
-            form = f"one image per prompt, as a single placeholder or {n} in a row"
-            raise ValueError(f"prompt {row} has {len(places)} image placeholders: {form}")
-        return places[0], places[-1] + 1
+    def _placeholders(self, ids: Tensor) -> list[tuple[int, int]]:
+        """Where the placeholders of every image start and end."""
+        spans, at, n = list[tuple[int, int]](), 0, self.tower.n_features
+        for is_image, run in groupby((ids == self.model.config.image_token_id).tolist()):
+            length = len(list(run))
+            if is_image:
+                each = 1 if length % n else n
+                spans += [(start, start + each) for start in range(at, at + length, each)]
+            at += length
+        return spans
 
 
 def patch(
@@ -219,7 +270,7 @@ def patch(
     for (name, known), value in zip(options.items(), (cut, positions, precision, weights), strict=True):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-    check_policy("output_policy", output_policy, 1)
+    check_policy("output_policy", output_policy, 1, ["places"])
     if output_policy is not None and cut == "tower":
         raise ValueError("cut='tower' sends tokens before the projector: merging its output needs cut='projector'")
     if cut == "cheaper":
@@ -231,7 +282,8 @@ def patch(
     depth = config.text_config.num_hidden_layers
     if pruning is not None and pruning.layer >= depth:
         raise ValueError(f"{pruning}: the language model has {depth} layers, and at least one has to come after it")
-    return MergedLlava(model, tower, output_policy, positions, cut, precision, weights, pruning).train(model.training)
+    tower.wants_places = output_policy is not None and "places" in needed_by(output_policy)
+    return MergedLlava(model, tower, output_policy, positions, cut, precision, weights, pruning)
 
 
 def patch_llava(model: nn.Module, configuration: Configuration) -> MergedLlava:

@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokmerge import wire
-from tokmerge.merging.matching import Context, Policy
+from tokmerge.merging.matching import Context, Policy, matching_features
 from tokmerge.merging.merge import apply
 from tokmerge.merging.packed import Packed
 
@@ -69,28 +68,42 @@ class LlavaRecord:
     """What answering B questions took, each counted as if it had been asked alone."""
 
     visual_tokens: VisualTokens  #: the images as they were sent
-    prompt: Tensor  #: (B,) int64, tokens the language model read, the image's included
+    owner: Tensor  #: (images,) int64, the question that each image belongs to
+    prompt: Tensor  #: (B,) int64, tokens the language model read, the images' included
     left: Tensor  #: (B,) int64, those of them that the language model's last layers read
     generated: Tensor  #: (B,) int64, tokens of the answer, end of text included; 0 if nothing was generated
     prefill_macs: Tensor  #: (B,) int64
     decode_macs: Tensor  #: (B,) int64
     scores: Tensor | None = None  #: (B, vocabulary) of the first answer token; None if nothing was generated
 
+    def per_question(self, values: Tensor) -> Tensor:
+        """(B,) sums over each question's images of (images,) values."""
+        return torch.zeros_like(self.prompt).index_add_(0, self.owner, values)
+
     @property
     def visual(self) -> Tensor:
         """(B,) int64, visual tokens the language model read."""
-        return self.visual_tokens.tokens.lengths
+        return self.per_question(self.visual_tokens.tokens.lengths)
+
+    @property
+    def vision_macs(self) -> Tensor:
+        """(B,) int64, of the tower."""
+        return self.per_question(self.visual_tokens.vision_macs)
+
+    @property
+    def projector_macs(self) -> Tensor:
+        """(B,) int64, of the projector and the merging after it, wherever they run."""
+        return self.per_question(self.visual_tokens.projector_macs)
 
     @property
     def macs(self) -> Tensor:
         """(B,) int64, vision + projector + prefill + decode."""
-        sent = self.visual_tokens
-        return sent.vision_macs + sent.projector_macs + self.prefill_macs + self.decode_macs
+        return self.vision_macs + self.projector_macs + self.prefill_macs + self.decode_macs
 
     @property
     def payload_bytes(self) -> Tensor:
         """(B,) int64, bytes sent."""
-        return self.visual_tokens.payload_bytes
+        return self.per_question(self.visual_tokens.payload_bytes)
 
 
 def merge_output(tokens: Packed, policy: Policy) -> tuple[Packed, Tensor]:
@@ -102,7 +115,7 @@ def merge_output(tokens: Packed, policy: Policy) -> tuple[Packed, Tensor]:
     n, dim = tokens.lengths, tokens.x.shape[1]
     if not policy.active(0):
         return tokens, torch.zeros_like(n)
-    metric = F.normalize(tokens.x, dim=-1)
+    metric = matching_features("tokens", tokens.x, tokens.x)
     context = Context(0, 1, 0, metric, tokens.sizes, tokens.layout, place=tokens.place)
     merged = apply(tokens, policy.select(context))
     left = merged.lengths
