@@ -18,7 +18,8 @@ _HOME = {
     "merging.peers": ("AdaMerge", "AttentionPruning", "RandomMerging", "RandomPruning", "StaticRates", "ToFu"),
     "merging.policies": ("PiToMe", "Threshold", "TopR"),
     "merging.thresholds": ("CappedThreshold", "LocalThreshold", "RelativeThreshold"),
-    "models.vit": ("MergedViT", "Record", "patch", "unmerge", "unpatch"),
+    "models.classifier": ("MergedClassifier", "Record", "unmerge"),
+    "models.vit": ("patch", "unpatch"),
 }
 __all__ = ["llava", *(name for names in _HOME.values() for name in names)]
 

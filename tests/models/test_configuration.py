@@ -26,10 +26,6 @@ def test_json_and_rows_and_back(original):
     assert row["policy"] == type(original.policy).__name__
 
 
-def test_rows_tell_configurations_apart():
-    assert len({json.dumps(original.row()) for original in CONFIGURATIONS}) == len(CONFIGURATIONS)
-
-
 def test_every_choice_reaches_the_model():
     model = tiny.llava()
     merged = llava.patch_llava(model, CONFIGURATIONS[4])
@@ -47,15 +43,9 @@ def test_every_choice_reaches_the_model():
     [
         ({"policy": {"kind": "Magic"}}, "unknown policy 'Magic': use one of PiToMe"),
         ({"policy": {"kind": "TopR", "q": 3}}, "TopR.*'q'"),
-        ({"policy": None, "colour": "red"}, "an operating point with colour: this version"),
-        ({"policy": None, "positions": "first", "size": 3, "age": 4}, "with age, size"),
+        ({"policy": None, "positions": "first", "size": 3, "age": 4}, "an operating point with age, size: this"),
     ],
 )
 def test_unknown_names_are_refused(plain, message):
     with pytest.raises(ValueError, match=message):
         configuration.from_json(plain)
-
-
-def test_a_policy_of_ones_own_cannot_be_written_down():
-    with pytest.raises(ValueError, match="a object cannot be written down"):
-        configuration.to_json(Configuration(object()))

@@ -84,12 +84,9 @@ def test_label_loss_ignores_the_unknown():
 @pytest.mark.parametrize("pools", [[], [llava_training.Pool(0, 2, 1), llava_training.Pool(1, 1, 2)]])
 def test_answers_in_one_row_are_the_answers_one_by_one(pools):
     data, _ = load_training_set("sample", n=3, n_search=2, seed=0, patch=7)
-    geometry = {
-        "image_size": 84, "patch_size": 7, "width": 24, "depth": 2, "heads": 2, "text_width": 16, "text_depth": 2,
-        "text_heads": 2,
-    }  # fmt: skip
-    vocabulary = tiny_llava.words([q.text for group in data.questions for q in group] + [str(i) for i in range(10)])
-    vocabulary = sorted({*vocabulary, *scenes.ITEMS, "yes", "no", "nothing"})
+    geometry = {**tiny.GEOMETRY, "image_size": 84, "patch_size": 7, "depth": 2}
+    answers = [*scenes.ITEMS, *"0123456789", "yes", "no", "nothing"]
+    vocabulary = tiny_llava.words([*(q.text for group in data.questions for q in group), *answers])
     model = tiny.spread(tiny_llava.build_tiny_llava(geometry, vocabulary))
     tokenizer = tiny_llava.processor(geometry, vocabulary).tokenizer
     pixels = data.batch(torch.arange(3))[0] * 2 - 1

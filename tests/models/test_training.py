@@ -4,10 +4,6 @@ from tokmerge.models.training import adamw, muon, train
 from torch import nn
 
 
-class Interrupted(Exception):
-    pass
-
-
 def stages(step):
     return min((step + 1) / 2, (9 - step) / 4, 1.0)
 
@@ -35,7 +31,7 @@ def run(kind, seed, checkpoint=None, die_at=None):
         checks.append((done, len(losses), model.training))
         torch.rand(1)
         if done == die_at:
-            raise Interrupted
+            raise InterruptedError
 
     losses = train(model, loss, OPTIMIZATIONS[kind](model), 9, clip=0.5, seed=seed, check=check, check_every=4,
                    checkpoint=checkpoint)  # fmt: skip
@@ -49,7 +45,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path, kind, seed):
     expected, weights, checks = run(kind, seed, tmp_path / "whole.pt")
     assert checks == [(4, 4, False), (8, 8, False)]
     file = tmp_path / "new" / "cut.pt"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedError):
         run(kind, seed, file, die_at=4)
     losses, again, checks = run(kind, seed, file)
     assert checks == [(8, 8, False)]

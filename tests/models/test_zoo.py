@@ -7,8 +7,12 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from tokmerge.data import fashion_mnist, image_sets
-from tokmerge.io import paths, store
-from tokmerge.models import zoo
+from tokmerge.io import paths
+from tokmerge.models import tiny_llava, zoo
+
+
+def pixels_of(image):
+    return torch.tensor(list(image.tobytes())).view(1, 28, 28) / 255
 
 
 def test_the_shipped_model_has_deits_token_geometry():
@@ -19,20 +23,13 @@ def test_the_shipped_model_has_deits_token_geometry():
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-def test_the_shipped_weights_match_their_card():
-    card = zoo.vit_card()
-    file = paths.ASSETS / "train_vit" / "fashion_vit.safetensors"
-    assert card["sha256"] == store.sha256(file)
-    assert file.stat().st_size <= 6_000_000
+def test_the_shipped_weights_match_their_card_and_classify_the_shipped_photos():
+    model, card, hits = zoo.load_model(zoo.FASHION_VIT), zoo.vit_card(), []
+    assert (paths.ASSETS / "train_vit" / "fashion_vit.safetensors").stat().st_size <= 6_000_000
     assert card["test_top1"] >= 0.91
     assert card["n_train"] + card["n_search"] == 60_000
-    assert card["parameters"] == sum(p.numel() for p in zoo.load_model(zoo.FASHION_VIT).parameters())
-
-
-def test_the_shipped_model_classifies_the_shipped_photos():
-    model = zoo.load_model(zoo.FASHION_VIT)
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
     assert not model.training
-    hits = []
     for split in ("train", "test"):
         batch = image_sets.tensors(fashion_mnist.sample(split), zoo.transform(model))
         with torch.inference_mode():
@@ -41,16 +38,22 @@ def test_the_shipped_model_classifies_the_shipped_photos():
     assert torch.cat(hits).float().mean() > 0.87
 
 
-def test_changed_weights_are_refused(tmp_path, monkeypatch):
-    shutil.copytree(paths.ASSETS / "train_vit", tmp_path / "train_vit")
+@pytest.mark.parametrize(
+    ("weights", "load"),
+    [
+        ("train_vit/fashion_vit.safetensors", lambda: zoo.load_model(zoo.FASHION_VIT)),
+        ("train_llava/scenes_llava.safetensors", lambda: tiny_llava.load_tiny_llava("scenes-llava")),
+    ],
+)
+def test_changed_weights_are_refused(tmp_path, monkeypatch, weights, load):
+    file = tmp_path / weights
+    shutil.copytree((paths.ASSETS / weights).parent, file.parent)
     monkeypatch.setattr(paths, "ASSETS", tmp_path)
-    file = tmp_path / "train_vit" / "fashion_vit.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    named = re.escape(str(file))
-    with pytest.raises(ValueError, match=rf"does not match its card.*git checkout -- {named}`"):
-        zoo.load_model(zoo.FASHION_VIT)
+    with pytest.raises(ValueError, match=rf"does not match its card.*git checkout -- {re.escape(str(file))}`"):
+        load()
 
 
 def test_a_local_timm_checkpoint_is_loaded(tmp_path):
@@ -65,34 +68,23 @@ def test_bad_names_and_checkpoints_are_named(tmp_path):
         zoo.load_model("deit_smal")
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors of model 'fashion-vit'"):
         zoo.load_model("fashion-vit", tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="no model 'clip'"):
+        tiny_llava.load_tiny_llava("clip")
 
 
-def test_transform_is_the_models_own():
-    model = zoo.build_fashion_vit()
-    example = next(fashion_mnist.sample().examples())
-    expected = torch.tensor(list(example.image.tobytes())).view(1, 28, 28) / 255
-    expected = (expected - zoo.FASHION_MEAN) / zoo.FASHION_STD
-    torch.testing.assert_close(zoo.transform(model)(example.image), expected, atol=1e-6, rtol=0)
+def test_transform_is_the_models_own_and_pixels_undo_it():
+    model, image = zoo.build_fashion_vit(), next(fashion_mnist.sample().examples()).image
+    made = zoo.transform(model)(image)
+    torch.testing.assert_close(made, (pixels_of(image) - zoo.FASHION_MEAN) / zoo.FASHION_STD, atol=1e-6, rtol=0)
+    shown = zoo.pixels(model, made)
+    assert shown.shape == (28, 28, 1)
+    assert shown.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA")])
 def test_images_come_with_the_models_channels(channels, mode):
     model = VisionTransformer(img_size=28, patch_size=4, embed_dim=16, depth=1, num_heads=2, in_chans=channels)
-    model.pretrained_cfg = {
-        "input_size": (channels, 28, 28),
-        "crop_pct": 1.0,
-        "mean": (0,) * channels,
-        "std": (1,) * channels,
-    }
+    means = {"mean": (0,) * channels, "std": (1,) * channels}
+    model.pretrained_cfg = {"input_size": (channels, 28, 28), "crop_pct": 1.0, **means}
     grey = next(fashion_mnist.sample().examples()).image
-    made = zoo.transform(model)(grey.convert(mode))
-    expected = torch.tensor(list(grey.tobytes())).view(1, 28, 28) / 255
-    torch.testing.assert_close(made, expected.expand(channels, 28, 28))
-
-
-def test_pixels_undo_the_transform():
-    model = zoo.build_fashion_vit()
-    example = next(fashion_mnist.sample().examples())
-    shown = zoo.pixels(model, zoo.transform(model)(example.image))
-    assert shown.shape == (28, 28, 1)
-    assert shown.tobytes() == example.image.tobytes()
+    torch.testing.assert_close(zoo.transform(model)(grey.convert(mode)), pixels_of(grey).expand(channels, 28, 28))

@@ -20,15 +20,32 @@ from tokmerge.merging.matching import Policy
 def linear_macs(module: nn.Module) -> int:
     """MACs per token of every linear layer inside ``module``.
 
+    Raises:
+        TypeError: it holds a matrix in another form (quantised, convolution, a bare parameter), which is not counted.
+
     >>> linear_macs(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
     64
     """
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    total = 0
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            total += part.in_features * part.out_features
+            continue
+        own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if any(tensor.ndim > 1 for tensor in own) or type(part).__module__.startswith("torch.ao."):
+            raise TypeError(
+                f"the cost of {name or 'the module'}, a {type(part).__name__}, is not known: only that of Linear"
+            )
+    return total
 
 
 def module_macs(module: nn.Module, *shape: int) -> int:
     """MACs of one forward of ``module`` on an input of that shape, counted by torch on the meta device."""
-    ghost = copy.deepcopy(module).to("meta").float().eval()
+    # Without the hooks, which are the user's: nothing runs here that anybody waits for.
+    hooks = {
+        id(value): type(value)() for part in module.modules() for name, value in vars(part).items() if "hooks" in name
+    }
+    ghost = copy.deepcopy(module, hooks).to("meta").float().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost(torch.empty(shape, device="meta"))
     return counter.get_total_flops() // 2
@@ -50,32 +67,18 @@ class ViTCost:
 
     @classmethod
     def of_layers(
-        cls, embedding: nn.Module, image_shape: tuple[int, ...], layers: Sequence[tuple[Any, nn.Module]], **rest: int
-    ) -> "ViTCost":
+        cls, embedding: nn.Module, image_shape: tuple[int, ...], layers: Sequence[tuple[nn.Module, nn.Module]],
+        heads: int, head_dim: int, **rest: int,
+    ) -> "ViTCost":  # fmt: skip
         """Read the cost off an embedding of (C, H, W) images and every layer's attention and MLP."""
-        first = layers[0][0]
         return cls(
             embed=module_macs(embedding, 1, *image_shape),
             attn_linear=tuple(linear_macs(attention) for attention, _ in layers),
             mlp_linear=tuple(linear_macs(mlp) for _, mlp in layers),
-            attn_dim=first.num_heads * first.head_dim,
-            head_dim=first.head_dim,
+            attn_dim=heads * head_dim,
+            head_dim=head_dim,
             **rest,
         )
-
-    @classmethod
-    def of(cls, model: Any, image_shape: tuple[int, ...]) -> "ViTCost":
-        """Read the cost off a timm VisionTransformer for (C, H, W) images."""
-        head = linear_macs(model.head) + linear_macs(getattr(model, "head_dist", nn.Identity()))
-        pool, pool_per_token = model.attn_pool, 0
-        if pool is not None:
-            pool_per_token = linear_macs(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-            head += (linear_macs(pool) - linear_macs(pool.kv)) * pool.latent_len
-        layers = [(block.attn, block.mlp) for block in model.blocks]
-        return cls.of_layers(
-            model.patch_embed, image_shape, layers, embed_dim=model.embed_dim, protected=model.num_prefix_tokens,
-            pool_per_token=pool_per_token, head=head,
-        )  # fmt: skip
 
     def blocks(self, tokens: Tensor, policy: Policy | None = None) -> Tensor:
         """MACs of each block, merging overhead included: (B, L + 1) tokens entering each and after the last -> (B, L).

@@ -5,18 +5,23 @@ One layer (pre-norm):
     x = x + attention(norm1(x))     proportional: softmax_j(q_i.k_j / sqrt(d) + log s_j)
     x = merge(x)                    the policy chooses pairs by tokens or mean-over-heads keys (`policy.feature`)
     x = x + mlp(norm2(x))           on the survivors
+
+The parts of a model are called, some of its modules as a whole are not: a hook on one of those, or a forward of its
+own, is refused.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokmerge.merging import merge
-from tokmerge.merging.matching import Policy
-from tokmerge.merging.packed import Packed
+from tokmerge.merging.matching import Policy, needed_by
+from tokmerge.merging.packed import Packed, pack
 
 
 class MergedModel(nn.Module):
@@ -25,23 +30,53 @@ class MergedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        self.training = model.training
+        # The wrapped model's state_dict, under its own names, wherever this module is a part of another.
+        self.register_state_dict_post_hook(_without_wrapper)
+        self.register_load_state_dict_pre_hook(_with_wrapper)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped model's state_dict, under its own names."""
-        return self.model.state_dict(*args, **kwargs)
+    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of the wrapped model, with their names, that are not called as a whole."""
+        yield "the model", self.model
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the wrapped model."""
-        return self.model.load_state_dict(*args, **kwargs)
+    def check_ready(self) -> None:
+        """Raise RuntimeError in training mode, and where something on a module that is not called would be ignored."""
+        for name, module in self.passed_over():
+            if self.training or module.training:
+                raise RuntimeError(f"token merging is for inference, and {name} is being trained: call .eval() first")
+            given = vars(module)
+            hooks = (hook for kind in _HOOKS if given[kind] for hook in given[kind].values())
+            if "forward" in given or any(map(_is_foreign, hooks)):
+                raise RuntimeError(
+                    f"{name} has a hook or a forward of its own, which would be ignored: merging calls its parts only. "
+                    "Hook a part, or the merged model"
+                )
 
-    def check_inference(self) -> None:
-        """Raise RuntimeError in training mode."""
-        if self.training:
-            raise RuntimeError("token merging is for inference: call .eval() first")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Transformers leaves hooks of its own behind, which record outputs when they are asked for."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    inner = f"{prefix}model."
+    for key in [key for key in state_dict if key.startswith(inner)]:
+        state_dict[prefix + key.removeprefix(inner)] = state_dict.pop(key)
+
+
+def _with_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class MergedTransformer(MergedModel, ABC):
     """A vision transformer whose tokens merge layer by layer; subclasses know its layers."""
+
+    has_class_token = True  #: the first token is one
+    wants_places = False  #: tokens keep their places in the patch grid, whatever the policy needs
 
     def __init__(self, model: nn.Module, policy: Policy | None, depth: int, protected: int) -> None:
         super().__init__(model)
@@ -56,6 +91,22 @@ class MergedTransformer(MergedModel, ABC):
     @abstractmethod
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds: (T, D) -> (T, D)."""
+
+    def pack_embedded(self, x: Tensor, grid: tuple[int, int], prefix: int, source: bool) -> Packed:
+        """(B, N, D) embedded tokens, ``prefix`` leading ones and then a grid's rows of patches, as they enter layer 0.
+
+        Raises:
+            ValueError: N is not that.
+        """
+        rows, columns = grid
+        if x.shape[1] != prefix + rows * columns:
+            raise ValueError(f"the embedding gives {x.shape[1]} tokens, not {prefix} and {rows} x {columns} patches")
+        tokens = pack(x, source)
+        if not self.wants_places and (self.policy is None or "places" not in needed_by(self.policy)):
+            return tokens
+        patch = (torch.arange(x.shape[1], device=x.device) - prefix).clamp(min=0)
+        place = torch.stack([patch // columns, patch % columns], dim=1).float()
+        return replace(tokens, place=place.repeat(len(x), 1))
 
     def run_layers(self, tokens: Packed, layers: range) -> tuple[Packed, list[Tensor]]:
         """The tokens after these layers, and the (B,) counts that entered each."""
@@ -73,13 +124,16 @@ class MergedTransformer(MergedModel, ABC):
         return merge.step(tokens, self.policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv)
 
 
-def check_policy(name: str, policy: Policy | None, depth: int) -> None:
-    """Raise TypeError if it is no policy, ValueError if it does not fit the layers."""
+def check_policy(name: str, policy: Policy | None, depth: int, given: Collection[str]) -> None:
+    """Raise TypeError if it is no policy, ValueError if it does not fit the layers or what the model can give it."""
     if policy is None:
         return
-    if not isinstance(policy, Policy):
-        raise TypeError(f"{name} is a {type(policy).__name__}: use a policy such as tokmerge.Threshold(0.9), or None")
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        what = f"the class {policy.__name__}" if isinstance(policy, type) else f"a {type(policy).__name__}"
+        raise TypeError(f"{name} is {what}: use a policy such as tokmerge.Threshold(0.9), or None")
     policy.check(depth)
+    if lacking := [need for need in needed_by(policy) if need not in given]:
+        raise ValueError(f"{name}: {type(policy).__name__} needs a model that gives it: {', '.join(lacking)}")
 
 
 def digest_weights(model: nn.Module) -> str:

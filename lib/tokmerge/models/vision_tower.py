@@ -6,7 +6,8 @@ A multimodal model reads one hidden layer, usually the last but one. Layers beyo
 has one threshold for every layer that is run, and only those cost.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tokmerge.io.extras import extra
-from tokmerge.merging.matching import Policy
-from tokmerge.merging.packed import Packed, attend, pack
-from tokmerge.models.cost import ViTCost
+from tokmerge.merging.matching import NEEDS, Policy
+from tokmerge.merging.packed import Packed, attend
+from tokmerge.models.cost import ViTCost, linear_macs
 from tokmerge.models.merged import MergedTransformer, check_policy
 
 with extra("llava"):
@@ -49,16 +50,28 @@ class MergedTower(MergedTransformer):
     """
 
     def __init__(self, model: CLIPVisionModel | SiglipVisionModel, policy: Policy | None, depth: int, skip: int):
-        super().__init__(model, policy, depth, max(TOWERS[type(model)][1], skip))
+        self.class_tokens = TOWERS[type(model)][1]
+        self.has_class_token = self.class_tokens > 0
+        super().__init__(model, policy, depth, max(self.class_tokens, skip))
         self.skip = skip
         self.n_features = model.embeddings.num_positions - skip
+
+    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().passed_over()
+        yield "the encoder", self.model.encoder
+        for index, layer in enumerate(self.model.encoder.layers[: self.depth]):
+            yield f"layer {index}", layer
+            yield f"the attention of layer {index}", layer.self_attn
 
     @cached_property
     def cost(self) -> ViTCost:
         """What the layers that are run cost; the tower has no head."""
         layers = [(layer.self_attn, layer.mlp) for layer in self.model.encoder.layers[: self.depth]]
-        embedding, width = self.model.embeddings.patch_embedding, self.model.config.hidden_size
-        return ViTCost.of_layers(embedding, self.image_shape, layers, embed_dim=width, protected=self.protected)
+        embedding, width, first = self.model.embeddings.patch_embedding, self.model.config.hidden_size, layers[0][0]
+        return ViTCost.of_layers(
+            embedding, self.image_shape, layers, first.num_heads, first.head_dim, embed_dim=width,
+            protected=self.protected,
+        )  # fmt: skip
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -73,28 +86,17 @@ class MergedTower(MergedTransformer):
             RuntimeError: the tower is in training mode.
             ValueError: images of another size than the tower was made for.
         """
-        self._check_images(images)
-        x = self.model.embeddings(images)
-        tokens = pack(self.model.pre_layrnorm(x) if isinstance(self.model, CLIPVisionModel) else x, source)
-        if self.policy is not None:
-            tokens = replace(tokens, place=self._places(x.device).repeat(len(x), 1))
+        self.check_ready()
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            wanted = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must be (B, {wanted}) for this tower, got {tuple(images.shape)}")
+        x, side = self.model.embeddings(images), self.model.config.image_size // self.model.config.patch_size
+        x = self.model.pre_layrnorm(x) if isinstance(self.model, CLIPVisionModel) else x
+        tokens = self.pack_embedded(x, (side, side), self.class_tokens, source)
         tokens, lengths = self.run_layers(tokens, range(self.depth))
         counts = torch.stack([*lengths, tokens.lengths], dim=1)
         features = tokens.drop_leading(self.skip)
         return features, TowerRecord(counts, self.cost.total(counts, self.policy), features.source)
-
-    def _places(self, device: torch.device) -> Tensor:
-        """(N, 2) row and column of each patch; CLS, which never merges, is at the first one's."""
-        patch = torch.arange(self.model.embeddings.num_positions, device=device)
-        patch = patch.sub(TOWERS[type(self.model)][1]).clamp(min=0)
-        side = self.model.config.image_size // self.model.config.patch_size
-        return torch.stack([patch // side, patch % side], dim=1).float()
-
-    def _check_images(self, images: Tensor) -> None:
-        self.check_inference()
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            wanted = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images must be (B, {wanted}) for this tower, got {tuple(images.shape)}")
 
     def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
         """CLIP's and SigLIP's attention on packed rows."""
@@ -130,21 +132,21 @@ def patch_tower(tower: nn.Module, policy: Policy | None, *, layer: int = -2, ski
         raise TypeError(f"cannot merge tokens in a {type(tower).__name__}: a transformers {names} is needed")
     kind, class_tokens = TOWERS[type(tower)]
     encoder: Any = tower.encoder
-    layers = encoder.layers
+    layers: Any = encoder.layers
     for index, block in enumerate(layers):
         if type(block) is not kind:
             raise TypeError(
                 f"layer {index} of the tower is a {type(block).__name__}: only {kind.__name__} is supported"
             )
+        linear_macs(layers[index])
     states = len(layers) + 1
     if not -states <= layer < states:
         raise ValueError(f"there is no hidden state {layer} in a tower of {len(layers)} layers")
     depth = layer % states
     if depth == 0:
         raise ValueError(f"hidden state {layer} comes before the first layer: nothing can merge there")
-    check_policy("policy", policy, depth)
-    merged = MergedTower(tower, policy, depth, class_tokens if skip is None else skip)  # type: ignore[arg-type]
-    return merged.train(tower.training)
+    check_policy("policy", policy, depth, NEEDS if class_tokens else [need for need in NEEDS if need != "class token"])
+    return MergedTower(tower, policy, depth, class_tokens if skip is None else skip)  # type: ignore[arg-type]
 
 
 def unpatch_tower(merged: MergedTower) -> CLIPVisionModel | SiglipVisionModel:

@@ -1,170 +1,101 @@
-"""Merging in a timm VisionTransformer: the only module that touches its internals.
+"""Merging in timm's VisionTransformer and Eva (EVA, EVA-02, DINOv3, RoPE-ViT): all that touches their internals.
 
 `patch` wraps a model; the model itself, its class and its state_dict stay as they are.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tokmerge import wire
 from tokmerge.merging.matching import Policy
-from tokmerge.merging.merge import unmerge_tokens
-from tokmerge.merging.packed import Packed, attend, pack
-from tokmerge.models.cost import ViTCost
-from tokmerge.models.merged import MergedTransformer, check_policy
+from tokmerge.merging.packed import Packed, attend
+from tokmerge.models.classifier import MergedClassifier
+from tokmerge.models.cost import ViTCost, linear_macs
+from tokmerge.models.rotary import Rotary
 
-# What happens to the tokens between device and server.
-TokenChannel = Callable[[Packed], Packed]
 POOLS = ("token", "avg", "max", "avgmax", "map")
+# Kinds of model, of their blocks and of the attention in these.
+SUPPORTED: dict[type, tuple[type, tuple[type, ...]]] = {
+    VisionTransformer: (Block, (Attention,)),
+    Eva: (EvaBlock, (EvaAttention, AttentionRope)),
+}
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one forward pass did."""
+class MergedViT(MergedClassifier):
+    """A timm VisionTransformer that merges tokens as a policy says. Made by `patch`; attributes as of its base."""
 
-    tokens: Tensor  #: (B, L + 1) int64, tokens entering each block, and after the last
-    macs: Tensor  #: (B,) int64, multiply-accumulates, merging overhead included
-    payload_bytes: Tensor  #: (B,) int64, length of what `tokmerge.wire.encode` produces for each image
-    edge_macs: Tensor  #: (B,) int64, those of ``macs`` that are spent before the tokens are sent
-    source: Tensor | None = None  #: (B, N) int64 source map, or None if it was not asked for
+    def __init__(self, model: Any, policy: Policy | None, precision: str, split_layer: int | None) -> None:
+        self.has_class_token = model.cls_token is not None
+        super().__init__(model, policy, precision, split_layer, len(model.blocks), model.num_prefix_tokens)
+        self.embed_dim, self.n_patches = model.embed_dim, model.patch_embed.num_patches
 
+    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().passed_over()
+        yield "blocks", self.model.blocks
+        for index, block in enumerate(self.model.blocks):
+            yield f"blocks.{index}", block
+            yield f"blocks.{index}.attn", block.attn
+            yield f"blocks.{index}.attn.attn_drop", block.attn.attn_drop
 
-def unmerge(packed: Packed, record: Record) -> Tensor:
-    """The full token grid (B, N, D): every surviving token copied to the places it stands for.
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), self.grid(images)
 
-    Args:
-        packed: what ``merged.features(images)`` gives.
-        record: of the same images, made with ``source=True``.
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patches of (B, C, H, W) images."""
+        embed = self.model.patch_embed
+        return embed.dynamic_feat_size(images.shape[2:]) if self.model.dynamic_img_size else embed.grid_size
 
-    Raises:
-        ValueError: the record has no source map, or is of another batch.
-    """
-    if record.source is None:
-        raise ValueError("the record has no source map: run merged(images, source=True)")
-    if not torch.equal(record.tokens[:, -1], packed.lengths):
-        raise ValueError("packed tokens and record are not of the same batch")
-    return unmerge_tokens(packed, record.source)
-
-
-class MergedViT(MergedTransformer):
-    """A timm VisionTransformer that merges tokens as a policy says. Made by `patch`.
-
-    Attributes:
-        model: the wrapped model, unchanged.
-        policy, precision, split_layer: as of `patch`.
-    """
-
-    def __init__(self, model: VisionTransformer, policy: Policy | None, precision: str, split_layer: int) -> None:
-        super().__init__(model, policy, len(model.blocks), model.num_prefix_tokens)
-        self.precision = precision
-        self.split_layer = split_layer
-        self._costs: dict[tuple[int, ...], ViTCost] = {}
-
-    def cost(self, image_shape: tuple[int, ...]) -> ViTCost:
-        """What the wrapped model costs for (C, H, W) images."""
-        if image_shape not in self._costs:
-            self._costs[image_shape] = ViTCost.of(self.model, image_shape)
-        return self._costs[image_shape]
-
-    def forward(
-        self, images: Tensor, source: bool = False, through: TokenChannel | None = None
-    ) -> tuple[Tensor, Record]:
-        """Class scores (B, classes) and what they took.
-
-        Args:
-            images: (B, C, H, W).
-            source: also keep the source map (needed by `unmerge`).
-            through: what happens to the tokens at the split on their way to the server, such as quantisation, noise or
-                loss of tokens; None for nothing. The record counts what was sent, and after that what was received.
-        """
-        packed, record = self.forward_features(images, source, through)
-        return self.forward_head(packed), record
-
-    def features(self, images: Tensor) -> Packed:
-        """The packed tokens before the head (final norm included): (B, C, H, W) -> Packed."""
-        return self.forward_features(images)[0]
-
-    def edge(self, images: Tensor, source: bool = False) -> Packed:
-        """What the device runs and sends: the tokens after ``split_layer`` blocks, (B, C, H, W) -> Packed."""
-        return self._edge(images, source)[0]
-
-    def serve(self, tokens: Packed) -> Tensor:
-        """What the server runs: class scores (B, classes) from the tokens that `edge` sent."""
-        return self.forward_head(self._server(tokens)[0])
-
-    def forward_features(
-        self, images: Tensor, source: bool = False, through: TokenChannel | None = None
-    ) -> tuple[Packed, Record]:
-        """Packed tokens before the head, and the Record."""
-        sent, before = self._edge(images, source)
-        received = sent if through is None else through(sent)
-        tokens, after = self._server(received)
-        cost, policy, split = self.cost(tuple(images.shape[1:])), self.policy, self.split_layer
-        counts = torch.stack(before + after, dim=1)
-        blocks = cost.blocks(counts, policy)
-        if received is not sent:
-            # What got lost was computed all the same.
-            counts_sent = torch.stack([*before, sent.lengths, *after[1:]], dim=1)
-            blocks = torch.cat([cost.blocks(counts_sent, policy)[:, :split], blocks[:, split:]], dim=1)
-        edge_macs = cost.embed + blocks[:, :split].sum(1)
-        record = Record(
-            tokens=counts,
-            macs=edge_macs + blocks[:, split:].sum(1) + cost.pooling(counts),
-            payload_bytes=wire.payload_bytes(sent.lengths, self.model.embed_dim, self.precision, self.sent_sizes(sent)),
-            edge_macs=edge_macs,
-            source=tokens.source,
-        )
-        return tokens, record
-
-    def sent_sizes(self, sent: Packed) -> Tensor | None:
-        """(T,) sizes that travel with the tokens; None where the server does not need them."""
-        return sent.full_sizes if self.server_needs_sizes else None
+    def last_norm(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)
 
     @property
-    def server_needs_sizes(self) -> bool:
-        """After the last block a class-token head reads no sizes; everything else weighs tokens by them."""
-        reads_none = self.split_layer == self.depth and self.model.global_pool == "token"
-        return self.policy is not None and not reads_none
+    def head(self) -> tuple[Any, ...]:
+        return self.model.global_pool, self.model.head, self.model.attn_pool
 
-    def _edge(self, images: Tensor, source: bool) -> tuple[Packed, list[Tensor]]:
-        """The tokens at the split, and the (B,) counts that entered each block before it."""
-        self._check_images(images)
-        model = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        return self.run_layers(pack(x, source), range(self.split_layer))
-
-    def _server(self, tokens: Packed) -> tuple[Packed, list[Tensor]]:
-        """The tokens before the head; the (B,) counts that entered each block after the split, and left the last."""
-        tokens, lengths = self.run_layers(tokens, range(self.split_layer, self.depth))
-        return tokens.with_x(self.model.norm(tokens.x)), [*lengths, tokens.lengths]
+    @property
+    def reads_one_token(self) -> bool:
+        return self.model.global_pool == "token"
 
     def forward_head(self, packed: Packed) -> Tensor:
-        """Pool and classify packed tokens: logits (B, classes). Pools weigh tokens by their size."""
-        model, layout, first = self.model, packed.layout, self.model.num_prefix_tokens
+        model, layout, first = self.model, packed.layout, self.protected
         if model.global_pool == "token":
-            rows = layout.offsets[:, None] + torch.arange(first, device=packed.x.device)
-            return model.forward_head(packed.x[rows])
-        padded, valid = layout.pad(packed.x), layout.valid
-        weights = layout.pad(packed.full_sizes.to(packed.x.dtype)) * valid
-        if not model.pool_include_prefix:
-            padded, weights = padded[:, first:], weights[:, first:]
+            return model.forward_head(self.leading(packed, first))
+        # An Eva's attention pooling reads all tokens.
+        everything = isinstance(model, Eva) and model.global_pool == "map"
+        skip = 0 if everything or getattr(model, "pool_include_prefix", False) else first
         if model.global_pool == "map":
-            x = model.attn_pool(padded, attn_mask=weights.log()[:, None, None, :])
+            sizes = layout.pad(packed.full_sizes)[:, skip:]
+            x = model.attn_pool(layout.pad(packed.x)[:, skip:], attn_mask=sizes.log().to(packed.x.dtype)[:, None, None])
+        elif model.global_pool == "avg":
+            x = self.average(packed, skip)
         else:
-            mean = (padded * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-            peak = padded.masked_fill((weights == 0)[..., None], float("-inf")).amax(1)
-            x = {"avg": mean, "max": peak, "avgmax": 0.5 * (peak + mean)}[model.global_pool]
+            x = layout.pad(packed.x).masked_fill(~layout.valid[..., None], float("-inf"))[:, skip:]
+            x = x.amax(1) if len(x) else packed.x
+            x = x if model.global_pool == "max" else 0.5 * (x + self.average(packed, skip))
         return model.head(model.head_drop(model.fc_norm(x)))
 
-    def _check_images(self, images: Tensor) -> None:
-        self.check_inference()
-        if images.ndim != 4:
-            raise ValueError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
+    def measure_cost(self, image_shape: tuple[int, ...]) -> ViTCost:
+        model, first = self.model, self.model.blocks[0].attn
+        head = linear_macs(model.head) + linear_macs(getattr(model, "head_dist", nn.Identity()))
+        pool, pool_per_token = model.attn_pool, 0
+        if pool is not None:
+            pool_per_token = linear_macs(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+            head += sum(linear_macs(part) for part in pool.children() if part is not pool.kv) * pool.latent_len
+        return ViTCost.of_layers(
+            model.patch_embed, image_shape, [(block.attn, block.mlp) for block in model.blocks], first.num_heads,
+            first.head_dim, embed_dim=model.embed_dim, protected=self.protected, pool_per_token=pool_per_token,
+            head=head,
+        )  # fmt: skip
+
+    def check_images(self, images: Tensor) -> None:
         model = self.model
         if images.shape[1] != model.in_chans:
             raise ValueError(f"images have {images.shape[1]} channels, the model takes {model.in_chans}")
@@ -180,24 +111,74 @@ class MergedViT(MergedTransformer):
         if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([attn.q_norm(q), attn.k_norm(k), v], dim=1)
+        return block.drop_path1(block.ls1(self.project(attn, x, qkv, tokens))), qkv
+
+    def project(self, attn: Any, x: Tensor, qkv: Tensor, tokens: Packed) -> Tensor:
+        """What follows queries, keys and values in an attention module."""
         out = attn.norm(attend(qkv, tokens.layout, tokens.sizes))
         if attn.gate is not None:
             out = out * attn.gate(x).sigmoid()
-        return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out)))), qkv
+        return attn.proj_drop(attn.proj(out))
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.model.blocks[layer]
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
+class MergedEva(MergedViT):
+    """A timm Eva that merges tokens; a merged token's rotary position is the mean over its patches."""
+
+    def __init__(self, model: Eva, policy: Policy | None, precision: str, split_layer: int | None) -> None:
+        self.wants_places = model.rope is not None
+        super().__init__(model, policy, precision, split_layer)
+        self._rotary: list[Rotary] = []
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        model, grid = self.model, self.grid(images)
+        x, table = model._pos_embed(model.patch_embed(images))
+        if table is not None:
+            # A table for every block, or one for all; with values for every head, or for all of them.
+            parts = table.transpose(1, 2) if model.rope_mixed else table[None, :, None]
+            self._rotary = [Rotary.of(part.chunk(2, -1)[0], part.chunk(2, -1)[1], grid) for part in parts]
+        return model.norm_pre(x), grid
+
+    def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
+        """timm's EvaAttention and AttentionRope on packed rows."""
+        block = self.model.blocks[layer]
+        attn, x = block.attn, block.norm1(tokens.x)
+        parts: Sequence[Tensor]
+        if attn.qkv is None:
+            parts = [project(x).view(len(x), -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        else:
+            bias = attn.qkv.bias
+            if getattr(attn, "q_bias", None) is not None:
+                bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+            parts = F.linear(x, attn.qkv.weight, bias).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+        q, k, v = attn.q_norm(parts[0]), attn.k_norm(parts[1]), parts[2]
+        if self._rotary:
+            rotary = self._rotary[layer if self.model.rope_mixed else 0]
+            embedding = torch.cat(rotary(tokens, self.protected), dim=-1)
+            q, k = (apply_rot_embed_cat(part, embedding, half=attn.rotate_half).type_as(v) for part in (q, k))
+        k, v = (part.repeat_interleave(attn.num_heads // part.shape[1], 1) for part in (k, v))
+        qkv = torch.stack([q, k, v], dim=1)
+        out = self.project(attn, x, qkv, tokens)
+        return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out), qkv
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        block = self.model.blocks[layer]
+        out = block.mlp(block.norm2(x))
+        return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
+
+
 def patch(
     model: nn.Module, policy: Policy | None, *, precision: str = "float16", split_layer: int | None = None
-) -> MergedViT:
-    """Attach a merge policy to a timm VisionTransformer, or replace the one a patched model has.
+) -> MergedClassifier:
+    """Attach a merge policy to a vision transformer, or replace the one a patched model has.
 
     Args:
-        model: timm VisionTransformer with standard pre-norm blocks (class token or none, registers,
-            distilled, layer scale, qk-norm; pooling token, avg, max, avgmax or map), or a patched one.
+        model: timm VisionTransformer or Eva with standard pre-norm blocks (class token or none, registers, distilled,
+            layer scale, qk-norm, rotary positions; pooling token, avg, max, avgmax or map); one of transformers' models
+            in `tokmerge.models.encoders.ENCODERS`; or a patched model.
         policy: what merges; None for nothing.
         precision: of the token values in the payload, one of `tokmerge.wire.PRECISIONS`.
         split_layer: how many blocks run before the tokens are sent; all of them by default.
@@ -209,29 +190,42 @@ def patch(
         TypeError: the model or the policy is of an unsupported kind.
         ValueError: the policy does not fit the model, or an unknown precision or split.
     """
-    if isinstance(model, MergedViT):
-        model = model.model
-    if not isinstance(model, VisionTransformer):
+    given: Any = model.model if isinstance(model, MergedClassifier) else model
+    if type(given).__module__.startswith("transformers."):
+        from tokmerge.models.encoders import MergedEncoder
+
+        return MergedEncoder(given, policy, precision, split_layer)
+    if not isinstance(given, tuple(SUPPORTED)):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
         raise TypeError(
-            f"cannot merge tokens in a {type(model).__name__}: a timm VisionTransformer is needed "
+            f"cannot merge tokens in {what}: a timm VisionTransformer or Eva is needed "
             "(timm.create_model('deit_small_patch16_224') makes one)"
         )
-    for layer, block in enumerate(model.blocks):
-        if type(block) is not Block or type(block.attn) is not Attention:
-            kind = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
-            raise TypeError(f"block {layer} of the model is a {kind}: only timm's Block with Attention is supported")
+    base = next(kind for kind in SUPPORTED if isinstance(given, kind))
+    check_model(given, base)
+    return (MergedEva if base is Eva else MergedViT)(given, policy, precision, split_layer)  # type: ignore[arg-type]
+
+
+def check_model(model: Any, base: type) -> None:
+    """Raise TypeError if a timm model of a class in `SUPPORTED` has parts that are not known, or would be ignored."""
+    kind, attentions = SUPPORTED[base]
+    blocks: Any = model.blocks
+    for layer, block in enumerate(blocks):
+        if type(block) is not kind or type(blocks[layer].attn) not in attentions:
+            found = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
+            known = " or ".join(one.__name__ for one in attentions)
+            raise TypeError(
+                f"block {layer} of the model is a {found}: only timm's {kind.__name__} with {known} is supported"
+            )
+        linear_macs(blocks[layer])
     if model.global_pool not in POOLS:
         raise TypeError(f"global_pool={model.global_pool!r} is not supported: use one of {', '.join(POOLS)}")
-    depth = len(model.blocks)
-    check_policy("policy", policy, depth)
-    if precision not in wire.PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(wire.PRECISIONS)}")
-    split_layer = depth if split_layer is None else split_layer
-    if not 0 <= split_layer <= depth:
-        raise ValueError(f"split_layer is {split_layer}, but the model has {depth} blocks")
-    return MergedViT(model, policy, precision, split_layer).train(model.training)
+    own = ["forward", "forward_features", *(["forward_head", "pool"] if model.global_pool != "token" else [])]
+    for name in own:
+        if name in vars(model) or getattr(type(model), name) is not getattr(base, name):
+            raise TypeError(f"{type(model).__name__}.{name} is not timm's {base.__name__}'s, and would be ignored")
 
 
-def unpatch(merged: MergedViT) -> VisionTransformer:
+def unpatch(merged: MergedClassifier) -> nn.Module:
     """The model as it was before `patch`."""
     return merged.model
