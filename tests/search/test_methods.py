@@ -5,7 +5,7 @@ from conftest import build
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.policies import PiToMe, Threshold, TopR
 from tokmerge.models import llava
-from tokmerge.models.configuration import Configuration, from_row
+from tokmerge.models.configuration import Configuration
 from tokmerge.models.language_model import Pruning
 from tokmerge.search import methods
 
@@ -38,14 +38,6 @@ def test_every_method_is_its_own_search(spaces):
     assert len(set(about)) == len(spaces)
 
 
-def test_counts_are_shares_of_half_of_what_is_left():
-    left, shares, found = 64, [0.5, 1.0, 0.3, 0.0], []
-    for share in shares:
-        found.append(round(share * (left // 2)))
-        left -= found[-1]
-    assert methods.counts(shares, 64) == tuple(found) == (16, 24, 4, 0)
-
-
 def test_schedules_take_their_counts(spaces):
     choice = {"share_00": 0.5, "share_01": 1.0, "share_02": 0.3, "share_03": 0.0}
     assert spaces["ToMe"].configuration(choice).policy == TopR((16, 24, 4, 0))
@@ -65,13 +57,6 @@ def test_precision_is_searched_beside_the_policy(spaces):
         found = space.configuration({**shares, "coarseness": coarseness})
         assert found == Configuration(policy, precision, 2)
     assert space.bounds["coarseness"] == (0.0, 3.0)
-
-
-def test_configurations_are_what_their_rows_say(spaces):
-    for space in [*spaces.values(), methods.sent_space(spaces["threshold"], 2, ["float16", "int8"])]:
-        for parameters in space.sobol(4, seed=0):
-            configuration = space.configuration(parameters)
-            assert from_row(configuration.row()) == configuration
 
 
 @pytest.mark.parametrize("parameters", [5, 2])

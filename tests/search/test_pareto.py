@@ -2,34 +2,27 @@ import numpy as np
 import pandas as pd
 from tokmerge.search import pareto
 
-
-def table(values):
-    return pd.DataFrame(values, columns=["kl", "macs_ratio", "bytes_ratio"])
+COLUMNS = ["kl", "macs_ratio", "bytes_ratio"]
 
 
 def brute_force(values):
     """Positions that no other point beats: as good everywhere, better somewhere."""
-    return {
-        i
-        for i, a in enumerate(values)
-        if not any((b <= a).all() and (b < a).any() for j, b in enumerate(values) if j != i)
-    }
+    beaten = [any((other <= one).all() and (other < one).any() for other in values) for one in values]
+    return {position for position, lost in enumerate(beaten) if not lost}
 
 
 def test_best_is_what_no_other_point_beats():
     rng = np.random.default_rng(0)
     for n in (1, 2, 30):
         values = rng.integers(0, 5, (n, 3)) / 5
-        best = pareto.best(table(values), "kl")
+        best = pareto.best(pd.DataFrame(values, columns=COLUMNS), "kl")
         assert set(best.index) == brute_force(values)
         assert best.macs_ratio.is_monotonic_increasing
 
 
 def test_failed_trials_are_not_on_the_front():
-    rows = table([[0.1, 0.5, 0.5], [np.nan, np.nan, np.nan], [0.2, 0.6, 0.6]]).assign(
-        status=["completed", "failed", "completed"]
-    )
-    assert pareto.best(rows, "kl").index.tolist() == [0]
+    rows = pd.DataFrame([[0.1, 0.5, 0.5], [np.nan, np.nan, np.nan], [0.2, 0.6, 0.6]], columns=COLUMNS)
+    assert pareto.best(rows.assign(status=["completed", "failed", "completed"]), "kl").index.tolist() == [0]
 
 
 def test_hypervolume_by_hand():

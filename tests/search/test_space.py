@@ -29,6 +29,12 @@ def test_knots_are_interpolated_over_the_depth():
     assert full.configuration(point) == threshold_space("calibrated", 4, CALIBRATION).configuration(point)
 
 
+def test_what_tells_spaces_apart():
+    other = Calibration(CALIBRATION.quantiles - 0.1)
+    spaces = [threshold_space("calibrated", 4, *rest) for rest in ((CALIBRATION,), (other,), (CALIBRATION, 3))]
+    assert len({str(space.about) for space in [*spaces, threshold_space("calibrated", 4, CALIBRATION)]}) == 3
+
+
 def test_curve_and_sobol_points_are_inside_the_bounds():
     space = threshold_space("cosine", 4)
     assert [set(point.values()) for point in space.curve(3)] == [{0.625}, {0.75}, {0.875}]
@@ -45,7 +51,6 @@ def test_curve_and_sobol_points_are_inside_the_bounds():
     ("arguments", "message"),
     [
         (("cubic", 4), "unknown search space 'cubic': use one of calibrated, cosine"),
-        (("calibrated", 4), "needs a calibration of 4 layers"),
         (("calibrated", 5, CALIBRATION), "needs a calibration of 5 layers"),
         (("cosine", 4, None, 1), "1 knots over 4 blocks: use 2 to 4"),
     ],

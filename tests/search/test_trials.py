@@ -25,8 +25,7 @@ def trial(index, tau=0.8):
 
 def test_every_trial_is_on_disk_in_trial_order(tmp_path):
     begun = Given(tmp_path, {"seed": 0})
-    assert begun.n == 0
-    assert begun.completed.empty
+    assert (begun.n, begun.completed.empty) == (0, True)
     begun.tell(trial(1), {"kl": 0.5, "seconds": 1.5})
     begun.tell(trial(0), {"kl": 0.4, "seconds": 1.0})
     table = store.load_table(begun.folder / "trials.parquet")
@@ -74,3 +73,32 @@ def test_run_asks_evaluates_and_tells(tmp_path, capsys):
     assert table.tau_00.tolist() == list(Given.taus)
     assert table.kl.tolist() == [toy.measure(trial(0, tau).configuration)["kl"] for tau in Given.taus]
     assert (table.seconds >= 0).all()
+
+
+def test_two_runs_in_one_folder_exclude_each_other(tmp_path):
+    first, second = Given(tmp_path, {}), Given(tmp_path, {})
+
+    def interfering(configurations):
+        with pytest.raises(RuntimeError, match="another run is searching in"):
+            second.run(here(toy.measure), 1)
+        return here(toy.measure)(configurations)
+
+    first.run(interfering, 2)
+    with pytest.raises(RuntimeError, match=r"has searched in .* since: open it again"):
+        second.run(here(toy.measure), 3)
+    assert Given(tmp_path, {}).run(here(toy.measure), 3).trial.tolist() == [0, 1, 2]
+
+
+def test_trials_of_another_search_are_refused(tmp_path):
+    class Replaying(Given):
+        def _propose(self, n):
+            return [trial(0)]
+
+    Given(tmp_path, {}).tell(trial(0, 0.5), {"kl": 0.1})
+    with pytest.raises(ValueError, match=r"trials.parquet: trial 0 is not one of this search: .* delete .* afresh"):
+        Replaying(tmp_path, {}).ask(2)
+    begun = Given(tmp_path / "damaged", {})
+    begun.tell(trial(0), {"kl": 0.1})
+    (begun.folder / "trials.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="is no parquet table"):
+        Given(tmp_path / "damaged", {})

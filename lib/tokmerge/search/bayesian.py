@@ -34,7 +34,7 @@ from tokmerge.evaluation.objective import AXES, COSTS
 from tokmerge.io import store
 from tokmerge.search import pareto
 from tokmerge.search.space import Space
-from tokmerge.search.trials import COMPLETED, AskTell, Trial
+from tokmerge.search.trials import COMPLETED, FAILED, AskTell, Trial
 
 set_stderr_log_level(logging.ERROR)
 # Exact values have no noise, and the models say so at every fit.
@@ -102,7 +102,10 @@ class Search(AskTell):
         super().__init__(folder, {**about, "space": space.about, **how}, settings.max_failures)
         self._snapshot = self.folder / "ax.json"
         if not self._snapshot.exists():
+            if self.n:
+                raise ValueError(f"{self._snapshot} is gone, and its {self.n} trials are there: {self.remedy}")
             self._save(begin(space, settings))
+        self._check_snapshot()
         self._pending = self._running(self.client)
 
     @property
@@ -110,7 +113,7 @@ class Search(AskTell):
         """Ax's client, with every trial told so far."""
         # From the snapshot the last proposals were saved in, and the table: always this way, and a search that was
         # left proposes what an uninterrupted one does. Ax's snapshot rounds results, the table does not.
-        client = Client.load_from_json_file(str(self._snapshot))
+        client = self._load()
         for index in [trial.index for trial in self._running(client) if trial.index in self._rows]:
             row = self._rows[index]
             if row["status"] == COMPLETED:
@@ -118,6 +121,25 @@ class Search(AskTell):
             else:
                 client.mark_trial_failed(index, failed_reason=row["reason"])
         return client
+
+    def _load(self) -> Client:
+        try:
+            return Client.load_from_json_file(str(self._snapshot))
+        except Exception as error:  # whatever a damaged file does to Ax
+            raise ValueError(f"{self._snapshot} cannot be read ({error}): {self.remedy}") from error
+
+    def _check_snapshot(self) -> None:
+        """Raise ValueError if Ax's snapshot and the table are not of the same trials."""
+        told = self._load().summarize().to_dict("records")
+        for row in told:
+            index, status = int(row["trial_index"]), str(row["trial_status"]).lower()
+            if status in (COMPLETED, FAILED) and index not in self._rows:
+                raise ValueError(f"{self._path} lacks trial {index}, which {self._snapshot} has: {self.remedy}")
+            if any(name not in row for name in self.space.bounds):
+                raise ValueError(f"{self._snapshot} is of another search: {self.remedy}")
+            self._compare(index, {name: float(row[name]) for name in self.space.bounds})
+        if beyond := sorted(set(self._rows) - {int(row["trial_index"]) for row in told}):
+            raise ValueError(f"{self._snapshot} lacks trial {beyond[0]}, which {self._path} has: {self.remedy}")
 
     @property
     def hypervolume(self) -> float:

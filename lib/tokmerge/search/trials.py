@@ -3,12 +3,14 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from tokmerge.evaluation.workers import Run
@@ -34,6 +36,7 @@ class AskTell(ABC):
     """What every way of searching shares: trials are asked for and told, and nothing is handed out anew before that.
 
     Opened again with the same ``about``, a search goes on where it stopped; with another one it begins anew beside it.
+    While it runs no other may run in its folder, and trials on disk must be those that it would have proposed.
 
     Args:
         folder, about: as of `tokmerge.io.cache.Cache`; attribute ``folder`` is the search's own.
@@ -85,7 +88,31 @@ class AskTell(ABC):
             self._pending = self._propose(n)
             if not self._pending:
                 return []
+            for trial in self._pending:
+                self._compare(trial.index, trial.parameters)
         return left[:n]
+
+    def _compare(self, index: int, parameters: Mapping[str, float]) -> None:
+        """Raise ValueError if a trial on disk is of other parameters."""
+        row = self._rows.get(index, parameters)
+        if any(not math.isclose(row.get(name, math.nan), value, abs_tol=1e-9) for name, value in parameters.items()):
+            raise ValueError(f"{self._path}: trial {index} is not one of this search: {self.remedy}")
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a folder that does not hold together."""
+        return f"restore what belongs together, or delete {self.folder} to start afresh"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other search runs in the folder meanwhile, nor has one since this one was opened; RuntimeError else."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                if self._path.exists() and len(store.load_table(self._path)) != self.n:
+                    raise RuntimeError(f"another run has searched in {self.folder} since: open it again")
+                yield
+        except Timeout:
+            raise RuntimeError(f"another run is searching in {self.folder}: wait for its end") from None
 
     def tell(self, trial: Trial, result: Result) -> None:
         """Record what was measured; an exception, or a value that is not finite, makes it a failed trial.
@@ -114,7 +141,8 @@ class AskTell(ABC):
             The table, with each evaluation's ``seconds``.
         """
         quiet = description is None
-        with tqdm(total=n, initial=self.n, desc=description, unit="trial", leave=False, disable=quiet) as bar:
+        bar = tqdm(total=n, initial=self.n, desc=description, unit="trial", leave=False, disable=quiet)
+        with self._alone(), bar:
             while self.n < n and (trials := self.ask(int(min(at_once, n - self.n)))):
                 asked = {trial.index: trial for trial in trials}
                 for index, result, seconds in evaluate({key: trial.configuration for key, trial in asked.items()}):
