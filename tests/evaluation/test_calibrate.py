@@ -3,13 +3,7 @@ import pytest
 import reference
 import tokmerge
 import torch
-from tokmerge.data.image_sets import Batch
 from tokmerge.evaluation.calibrate import calibrate, similarity_statistics, thresholds_for_rates
-
-
-@pytest.fixture
-def batches(images):
-    return [Batch(list("abc"), images[:3], torch.zeros(3)), Batch(list("de"), images[3:], torch.zeros(2))]
 
 
 @pytest.mark.parametrize("policy", [None, tokmerge.TopR(6)])
@@ -46,14 +40,13 @@ def test_more_than_there_is_merges_everything(model, images, batches):
 
 
 def test_calibration_is_the_similarity_of_the_unmerged_model(model, images, batches):
-    found = calibrate(model, batches).quantiles
-    assert found.shape == (len(model.blocks), 1001)
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     block = model.blocks[0]
     keys = block.attn.qkv(block.norm1(tokens)).view(5, -1, 3, block.attn.num_heads, 16)[:, 1:, 1].mean(2)
     attended = (tokens + block.attn(block.norm1(tokens)))[:, 1:]
     for feature, values in (("tokens", attended), ("keys", keys)):
         found = calibrate(model, batches, feature).quantiles
+        assert found.shape == (len(model.blocks), 1001)
         metric = torch.nn.functional.normalize(values, dim=-1)
         best = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).amax(2).double()
         np.testing.assert_allclose(found[0], np.quantile(best.detach(), np.linspace(0, 1, 1001)), atol=1e-6)

@@ -4,20 +4,17 @@ import tokmerge
 import torch
 from scipy import stats
 from tokmerge.data import image_sets
-from tokmerge.data.image_sets import Batch
 from tokmerge.evaluation import classification
 
 
-@pytest.fixture
-def batch(images):
-    return Batch([f"i{i}" for i in range(5)], images, torch.tensor([0, 1, 2, 3, 4]))
-
-
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
-def test_run_equals_the_model_called_once(model, batch, size):
+def test_run_equals_the_model_called_once_and_shows_a_bar_that_has_a_description(model, batch, size, capsys):
     merged = tokmerge.patch(model, tokmerge.Threshold(0.8))
     logits, record = merged(batch.images)
     outcome = classification.evaluate(merged, image_sets.split_batch(batch, size))
+    assert capsys.readouterr().err == ""
+    classification.evaluate(merged, image_sets.split_batch(batch, size), description="merged")
+    assert "merged" in capsys.readouterr().err
     assert outcome.ids == batch.ids
     torch.testing.assert_close(outcome.logits, logits, atol=1e-5, rtol=0)
     assert torch.equal(outcome.tokens, record.tokens)
@@ -27,25 +24,16 @@ def test_run_equals_the_model_called_once(model, batch, size):
 
 
 def test_frame_and_summary_by_hand():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
-    outcome = classification.Outcome(
-        ["a", "b", "c"],
-        torch.tensor([0, 1, 1]),
-        logits,
-        torch.tensor([[5, 3], [5, 1], [5, 2]]),
-        torch.tensor([10, 20, 60]),
-        torch.tensor([1, 2, 3]),
-    )
-    frame = outcome.frame()
+    labels, logits = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    tokens, macs, sizes = torch.tensor([[5, 3], [5, 1], [5, 2]]), torch.tensor([10, 20, 60]), torch.tensor([1, 2, 3])
+    outcome = classification.Outcome(["a", "b", "c"], labels, logits, tokens, macs, sizes)
+    frame, summary = outcome.frame(), outcome.summary()
     assert frame.prediction.tolist() == [0, 1, 0]
     assert frame.tokens.tolist() == [3, 1, 2]
     assert frame.confidence[0] == pytest.approx(1 / (1 + 2.718281828**-2))
     assert frame.loss[2] == pytest.approx(3.0485873)
-    summary = outcome.summary()
-    assert summary["top1"] == pytest.approx(2 / 3)
-    assert summary["macs"] == 30
-    assert summary["tokens"] == 2
-    assert summary["n_images"] == 3
+    hand = {"top1": 2 / 3, "macs": 30, "tokens": 2, "n_images": 3}
+    assert {name: summary[name] for name in hand} == pytest.approx(hand)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (9123, 10000)])
@@ -68,11 +56,3 @@ def test_relative_by_hand():
     assert found["top1_drop_sem"] == pytest.approx(stats.sem([0, 1, 0, 0]))
     assert (found["top1_low"], found["top1_high"]) == pytest.approx((0.15004, 0.84996), abs=1e-5)
     assert classification.relative(whole, whole)["tokens_ratio"] == 1
-
-
-def test_no_description_no_progress_bar(model, batch, capsys):
-    merged = tokmerge.patch(model, None)
-    classification.evaluate(merged, image_sets.split_batch(batch, 2))
-    assert capsys.readouterr().err == ""
-    classification.evaluate(merged, image_sets.split_batch(batch, 2), description="unmerged")
-    assert "unmerged" in capsys.readouterr().err

@@ -1,17 +1,13 @@
 import pytest
 import tokmerge
-import torch
 from conftest import build
-from tokmerge import wire
-from tokmerge.data.image_sets import Batch
 from tokmerge.evaluation import split_point
 
 
 @pytest.mark.parametrize("policy", [None, tokmerge.Threshold([0.2, 1.0, 0.5, -1.0]), tokmerge.TopR([5, 0, 9, 2])])
 @pytest.mark.parametrize("variant", ["cls", "cls_avg"])
-def test_one_run_says_what_every_split_would(policy, variant, images):
+def test_one_run_says_what_every_split_would(policy, variant, images, batches):
     model = build(variant)
-    batches = [Batch(list("abc"), images[:3], torch.zeros(3)), Batch(list("de"), images[3:], torch.zeros(2))]
     table = split_point.measure_splits(model, policy, batches, "int8")
     for split in range(5):
         record = tokmerge.patch(model, policy, precision="int8", split_layer=split)(images)[1]
@@ -21,11 +17,3 @@ def test_one_run_says_what_every_split_would(policy, variant, images):
         assert rows.edge_macs.tolist() == record.edge_macs.tolist()
         assert rows.server_macs.tolist() == (record.macs - record.edge_macs).tolist()
         assert rows.payload_bytes.tolist() == record.payload_bytes.tolist()
-
-
-def test_bytes_are_those_of_the_encoded_payload(images):
-    model, policy = build(), tokmerge.Threshold(0.1)
-    table = split_point.measure_splits(model, policy, [Batch(list("abcde"), images, torch.zeros(5))])
-    sent = tokmerge.patch(model, policy, split_layer=2).edge(images)
-    lengths = [len(wire.encode(x, s)) for x, s in zip(sent.split(), sent.sizes.split(sent.layout.counts), strict=True)]
-    assert table[table.split_layer == 2].payload_bytes.tolist() == lengths

@@ -1,4 +1,3 @@
-import json
 from functools import partial
 
 import numpy as np
@@ -6,6 +5,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from conftest import save_vqav2
 from PIL import Image
 from tokmerge.data import questions
 from tokmerge.data.image_sets import DataError
@@ -33,15 +33,13 @@ def test_no_merging_costs_nothing_and_saves_nothing(objective):
 
 def test_agrees_with_the_plain_run(objective):
     policy = Threshold(objective.calibrate(32).thresholds([0.5] * objective.depth))
-    measured = objective(Configuration(policy))
-    tables = [
+    measured, options = objective(Configuration(policy)), {"template": tiny_llava.TINY_TEMPLATE, "batch_size": 7}
+    merged, base = (
         vqa.answer_questions(
-            llava.patch(objective.model, choice), objective.processor, objective.questions,
-            template=tiny_llava.TINY_TEMPLATE, batch_size=7, max_new_tokens=4,
+            llava.patch(objective.model, choice), objective.processor, objective.questions, max_new_tokens=4, **options
         )
         for choice in (policy, None)
-    ]  # fmt: skip
-    merged, base = tables
+    )
     assert measured["accuracy"] == pytest.approx(merged.accuracy.mean())
     assert measured["macs_ratio"] == pytest.approx((merged.macs / base.macs).mean())
     assert measured["bytes_ratio"] == pytest.approx((merged.payload_bytes / base.payload_bytes).mean())
@@ -52,13 +50,10 @@ def test_compare_by_hand():
     base = pd.DataFrame({"accuracy": [1.0, 1.0], "macs": [10, 20], "tokens": [4, 4], "payload_bytes": [8, 8]})
     less = pd.DataFrame({"accuracy": [1.0, 0.0], "macs": [5, 5], "tokens": [2, 1], "payload_bytes": [4, 2]})
     p, q = torch.tensor([[0.5, 0.5]] * 2).log(), torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
-    got = vqa_objective.compare_answers((less, q), (base, p))
-    assert got["top1_drop"] == 0.5
-    assert got["macs_ratio"] == 0.375
-    assert got["bytes_ratio"] == 0.375
-    kl = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
-    assert got["kl"] == pytest.approx(kl / 2)
-    assert got["root_kl"] == pytest.approx((kl / 2) ** 0.5)
+    kl = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2
+    hand = {"top1_drop": 0.5, "macs_ratio": 0.375, "bytes_ratio": 0.375, "kl": kl, "root_kl": kl**0.5}
+    found = vqa_objective.compare_answers((less, q), (base, p))
+    assert {name: found[name] for name in hand} == pytest.approx(hand)
 
 
 def test_splits_share_no_image_with_training():
@@ -80,43 +75,31 @@ def folder(tmp_path_factory):
     tiny.llava().save_pretrained(folder / "tiny-llava")
     texts = [vqa.LLAVA_TEMPLATE.format(question=text) for text in TEXTS]
     tiny.processor([*texts, "red yes no two"]).save_pretrained(folder / "tiny-llava")
-    asked = [{"question_id": 10 * i + k, "image_id": i, "question": TEXTS[k]} for i in range(6) for k in range(4)]
-    given = [{"answer": "red", "answer_id": n} for n in range(10)]
-    known = [{**row, "answers": given, "answer_type": "other", "question_type": "what"} for row in asked]
-    data = folder / "vqav2"
-    (data / "val2014").mkdir(parents=True)
-    head = {"data_subtype": "val2014"}
-    (data / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({**head, "questions": asked}))
-    (data / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({**head, "annotations": known}))
+    asked = [(10 * i + k, i, text, ["red"] * 10, "other", "what") for i in range(6) for k, text in enumerate(TEXTS)]
     rng = np.random.default_rng(0)
-    for i in range(6):
-        photo = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
-        photo.save(data / "val2014" / f"COCO_val2014_{i:012d}.jpg")
+    photos = {i: Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for i in range(6)}
+    save_vqav2(folder / "vqav2", asked, photos)
     return folder
 
 
-def load(folder, **options):
-    return vqa_objective.load_task(
-        str(folder / "tiny-llava"), 2, None, source="vqav2", path=str(folder / "vqav2"), **options
-    )
+def load(folder, n_test=None, **options):
+    where = {"source": "vqav2", "path": str(folder / "vqav2")}
+    return vqa_objective.load_task(str(folder / "tiny-llava"), 2, n_test, **where, **options)
 
 
 def test_a_model_and_vqav2_from_local_folders(folder):
     task = load(folder)
-    assert task.name == "tiny-llava"
-    assert task.test.name == "VQAv2"
-    assert len(task.search) == 8
-    assert len(task.test) == 16
+    assert (task.name, task.test.name, len(task.search), len(task.test)) == ("tiny-llava", "VQAv2", 8, 16)
     owners = [{question.image_id for question in part.questions} for part in (task.search, task.test)]
     assert not owners[0] & owners[1]
     assert not task.model.training
-    fewer = vqa_objective.load_task(str(folder / "tiny-llava"), 2, 3, source="vqav2", path=str(folder / "vqav2"))
-    assert fewer.test.questions == task.test.questions[:12]
+    assert load(folder, 3).test.questions == task.test.questions[:12]
 
 
 @pytest.mark.parametrize(("size", "n_workers"), [(5, 1), (16, 1), (8, 2)])
 def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
-    options, where = {"batch_size": 3, "max_new_tokens": 3}, {"source": "vqav2", "path": str(folder / "vqav2")}
+    options = {"batch_size": 3, "max_new_tokens": 3}
+    where = {"source": "vqav2", "path": str(folder / "vqav2")}
     make = partial(vqa_objective.load_task, str(folder / "tiny-llava"), 2, None, **where, **options)
     task, point = make(), LlavaConfiguration(TopR(5), positions="first", weights="size")
     merged = llava.patch(task.model, TopR(5), positions="first", weights="size")

@@ -61,5 +61,5 @@ def thresholds_for_rates(
         seen = observe(lambda observer: evaluate(patch(model, observer), batches), best_similarities, before)[layer]
         seen = seen.sort(descending=True).values
         # Just those above the next one merge; all of them where there are not more.
-        thresholds[layer] = seen[count].item() if count < len(seen) else -1.0
+        thresholds[layer] = seen[count].clamp(-1, 1).item() if count < len(seen) else -1.0
     return Threshold(thresholds, feature)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tokmerge.data.image_sets import Batch
-from tokmerge.models.vit import MergedViT, TokenChannel
+from tokmerge.models.classifier import MergedClassifier, TokenChannel
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def evaluate(
-    merged: MergedViT, batches: Iterable[Batch], total: int | None = None, description: str | None = None,
+    merged: MergedClassifier, batches: Iterable[Batch], total: int | None = None, description: str | None = None,
     through: TokenChannel | None = None,
 ) -> Outcome:  # fmt: skip
     """Evaluate a patched model.
@@ -58,7 +58,7 @@ def evaluate(
         merged: what `tokmerge.patch` gives (policy None evaluates the unmerged model).
         batches: the data, such as `tokmerge.data.image_sets.batches` gives or `split_batch` cuts.
         total, description: number of images, and what is shown beside the progress bar; None for no bar.
-        through: what happens to the tokens between device and server, as `tokmerge.models.vit.MergedViT` takes it.
+        through: what happens to the tokens between device and server, as `tokmerge.patch`'s model takes it.
     """
     device = next(merged.parameters()).device
     ids: list[str] = []

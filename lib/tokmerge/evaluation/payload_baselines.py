@@ -85,8 +85,8 @@ def _sent(batch: Batch, predictions: list[int], payloads: Sequence[bytes], **col
 def class_token_bytes(model: nn.Module) -> int:
     """What is sent after the last block where the head reads nothing but its leading tokens, at float16."""
     merged = patch(model, None)
-    leading = torch.tensor([merged.model.num_prefix_tokens])
-    return int(wire.payload_bytes(leading, merged.model.embed_dim)[0])
+    leading = torch.tensor([merged.protected])
+    return int(wire.payload_bytes(leading, merged.embed_dim)[0])
 
 
 def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -104,7 +104,7 @@ def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     for batch in batches:
         with torch.inference_mode():
             tokens = torch.stack(merged.features(batch.images.to(device)).split())
-        pooled.append(tokens[:, merged.model.num_prefix_tokens :].mean(1).cpu())
+        pooled.append(tokens[:, merged.protected :].mean(1).cpu())
         labels.append(batch.labels)
     values, classes = torch.cat(pooled).double(), torch.cat(labels)
     kinds = classes.unique()

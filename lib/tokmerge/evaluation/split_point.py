@@ -45,7 +45,7 @@ def measure_splits(
     for split, sent in enumerate(sizes):
         merged, edge = patch(model, policy, split_layer=split), cost.embed + blocks[:, :split].sum(1)
         payload = wire.payload_bytes(
-            tokens[:, split], merged.model.embed_dim, precision, sent if merged.server_needs_sizes else None
+            tokens[:, split], merged.embed_dim, precision, sent if merged.server_needs_sizes else None
         )
         columns = {"tokens": tokens[:, split], "edge_macs": edge, "server_macs": total - edge, "payload_bytes": payload}
         frames.append(pd.DataFrame({"id": ids, "split_layer": split, **columns}))

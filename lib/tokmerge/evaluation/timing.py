@@ -25,11 +25,13 @@ from tokmerge.data import image_sets
 from tokmerge.data.image_sets import Batch
 from tokmerge.data.registry import load_images
 from tokmerge.evaluation.calibrate import calibrate
+from tokmerge.evaluation.dense import dense_limit, dense_tome
 from tokmerge.io import paths, store
 from tokmerge.merging import policies
 from tokmerge.merging.matching import Policy
 from tokmerge.models import vit, zoo
 
+R = 13  # tokens merged at every block, ToMe's own choice for small models
 SHARES = (0.1, 0.3, 0.5)  # share of each layer's set A that merges on the benchmark's images
 
 
@@ -127,6 +129,29 @@ def compare_speed(
     return table
 
 
+def compare_engine(model: Any, images: Tensor, r: int, rounds: int) -> dict[str, float]:
+    """Time the packed engine against what it could be at best, and against what it replaces, taking turns.
+
+    Args:
+        model: timm VisionTransformer.
+        images: (B, C, H, W), one batch.
+        r: tokens that merge at every block (`tokmerge.TopR`).
+        rounds: timed rounds, after one warm-up.
+
+    Returns:
+        Medians over the rounds of ratios of times: over_limit, over plain blocks at the same counts; over_tome, over
+        dense ToMe with the same r (`tokmerge.evaluation.dense`); off_overhead, merging off over the model as it is.
+    """
+    with torch.inference_mode():
+        merged, off = vit.patch(model, policies.TopR(r)), vit.patch(model, None)
+        counts = merged(images)[1].tokens[0].tolist()
+        functions: dict[str, Callable[[Tensor], Any]] = {"ours": merged, "off": off, "plain": model}
+        functions |= {"limit": dense_limit(model, counts), "tome": dense_tome(model, r)}
+        seconds = alternate({name: partial(one, images) for name, one in functions.items()}, rounds)
+    pairs = {"over_limit": ("ours", "limit"), "over_tome": ("ours", "tome"), "off_overhead": ("off", "plain")}
+    return {name: median_ratio(seconds, *pair) for name, pair in pairs.items()}
+
+
 def _run_all(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     for images in inputs:
         model(images)
@@ -161,6 +186,8 @@ def main() -> None:
         for batch, n_batches in ((1, 8), (32, 1)):
             batches = list(image_sets.split_batch(images, batch))[:n_batches]
             tables[name, batch] = compare_speed(model, batches, {"off": None, **merging}, max(3, rounds // slower))
+            ratios = compare_engine(model, batches[0].images, R, 2 * rounds if batch == 1 else max(3, rounds // slower))
+            print(f"{name}, batch {batch}, r = {R}:", ", ".join(f"{key} {value:.3f}" for key, value in ratios.items()))
     table = pd.concat(tables, names=["model", "batch"]).reset_index(["model", "batch"])
     store.save_table(table, paths.root() / "results" / "bench.parquet")
     print(table.round(3).to_string(index=False))

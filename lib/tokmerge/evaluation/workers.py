@@ -183,7 +183,7 @@ def _ray(factory: Callable[[], Work], n_workers: int, address: str) -> Iterator[
     try:
         # A worker to a GPU, where there are any.
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        kind = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1, num_gpus=gpus)(Worker)
+        kind: Any = ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1, num_gpus=gpus)(Worker)
         workers = [kind.remote(_threads(n_workers)) for _ in range(n_workers)]
         yield run
     finally:
