@@ -44,6 +44,9 @@ def test_a_model_of_colours_takes_the_grey_sample():
         (["edge", "--port", "1", "--images", "1", "--threshold", "0.9"], "payloads unanswered"),
         (["serve", "--model", "no_such_model"], "unknown model 'no_such_model'"),
         (["serve", "--front", "nowhere.json"], "nowhere.json"),
+        (["serve", "--threshold", "nan"], "thresholds is nan, not a number"),
+        (["serve", "--threshold", "93"], "a cosine lies between -1 and 1"),
+        (["serve", "--split", "13"], "split_layer is 13, but the model has 12 blocks"),
     ],
 )
 def test_trouble_is_one_line(arguments, message):
@@ -51,7 +54,16 @@ def test_trouble_is_one_line(arguments, message):
         cli.main(arguments)
 
 
-def test_unknown_choices_are_refused_by_the_parser(capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--precision", "int5", "invalid choice: 'int5'"),
+        ("--port", "99999", "99999 is no whole number from 0 to 65535"),
+        ("--images", "-1", "-1 is no whole number from 1"),
+        ("--split", "1.5", "1.5 is no whole number from 0"),
+    ],
+)
+def test_what_the_parser_refuses(option, value, message, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["edge", "--precision", "int5"])
-    assert "invalid choice: 'int5'" in capsys.readouterr().err
+        cli.main(["edge", f"{option}={value}"])
+    assert message in capsys.readouterr().err

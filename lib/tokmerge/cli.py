@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 try:
     import numpy as np
@@ -17,10 +17,23 @@ try:
     from tokmerge.merging.front import load_front
     from tokmerge.merging.policies import Threshold
     from tokmerge.models import zoo
-    from tokmerge.models.vit import MergedViT, patch
+    from tokmerge.models.classifier import MergedClassifier
+    from tokmerge.models.merged import digest_weights
+    from tokmerge.models.vit import patch
     from tokmerge.wire import PRECISIONS
 except ModuleNotFoundError as missing:
     raise SystemExit(f"tokmerge: {missing.name} is missing: pip install 'tokmerge[channel]'") from missing
+
+
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """What reads a whole number within limits from the command line."""
+
+    def read(text: str) -> int:
+        if not text.isdigit() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {most}")
+        return int(text)
+
+    return read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,15 +44,17 @@ def parser() -> argparse.ArgumentParser:
     edge = commands.add_parser("edge", help="send images and print what comes back")
     for command in (serve, edge):
         command.add_argument("--host", default="127.0.0.1")
-        command.add_argument("--port", type=int, default=7341, help="default 7341; serve: 0 for any that is free")
+        command.add_argument(
+            "--port", type=whole(0, 65535), default=7341, help="default 7341; serve: 0 for any that is free"
+        )
         command.add_argument("--model", default=zoo.FASHION_VIT, help="fashion-vit (default) or a timm name")
-        command.add_argument("--split", type=int, default=6, help="blocks that run on the device (default 6)")
+        command.add_argument("--split", type=whole(0), default=6, help="blocks that run on the device (default 6)")
         which = command.add_mutually_exclusive_group()
         which.add_argument("--threshold", type=float, default=0.93, help="one for all blocks (default 0.93; 1: off)")
         which.add_argument("--front", help="policy file: its point with fewest MACs within --max-drop")
         command.add_argument("--max-drop", type=float, default=0.005, help="of accuracy, with --front (default 0.005)")
     edge.add_argument("--precision", choices=PRECISIONS, default="int8")
-    edge.add_argument("--images", type=int, default=64, help="test images of the sample to send (default 64)")
+    edge.add_argument("--images", type=whole(1), default=64, help="test images of the sample to send (default 64)")
     edge.add_argument("--channel", choices=FADING, default="awgn")
     edge.add_argument("--snr", type=float, help="average SNR in dB; without it nothing is lost")
     edge.add_argument("--scheme", type=int, default=4, choices=range(len(LADDER)),
@@ -48,15 +63,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def load_merged(given: argparse.Namespace, precision: str) -> MergedViT:
+def load_merged(given: argparse.Namespace, precision: str) -> MergedClassifier:
     """The model that device and server share."""
-    policy = load_front(given.front).pick(given.max_drop) if given.front else None
-    if policy is None and given.threshold < 1:
+    model, policy = zoo.load_model(given.model), None
+    if given.front:
+        policy = load_front(given.front, digest_weights(model)).pick(given.max_drop)
+    elif given.threshold != Threshold.OFF:
         policy = Threshold(given.threshold)
-    return patch(zoo.load_model(given.model), policy, precision=precision, split_layer=given.split)
+    return patch(model, policy, precision=precision, split_layer=given.split)
 
 
-def sample_images(merged: MergedViT, split: str) -> image_sets.Batch:
+def sample_images(merged: MergedClassifier, split: str) -> image_sets.Batch:
     """The sample that ships with the package."""
     return image_sets.tensors(fashion_mnist.sample(split), zoo.transform(merged.model))
 
@@ -69,7 +86,7 @@ async def run_server(given: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     merged = load_merged(given, "int8")
     with torch.inference_mode():
-        prototype = protected_means(merged.edge(sample_images(merged, "train").images), merged.model.num_prefix_tokens)
+        prototype = protected_means(merged.edge(sample_images(merged, "train").images), merged.protected)
     server = Server(Responder(merged, prototype), identity(merged))
     host, port = await server.start(given.host, given.port)
     print(f"serving {given.model}, split after block {given.split}, on {host}:{port}", flush=True)
@@ -106,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asyncio.run(run_server(given) if given.command == "serve" else run_device(given))
     except KeyboardInterrupt:
         pass
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"tokmerge {given.command}: {error}") from error
 
 

@@ -1,5 +1,3 @@
-"""A small model that merges, cut in two."""
-
 import pytest
 import tokmerge
 from conftest import build

@@ -1,18 +1,12 @@
-"""Analog codecs: power, LMMSE and channel uses against closed forms."""
-
 import pytest
 import tokmerge
 import torch
 from conftest import build
-from members import measured_link
+from members import generator, measured_link
 from tokmerge.channel.analog import LearnedCodec, LinearCodec, SentAnalog, size_weight, to_features, train_codec
 from tokmerge.channel.phy import Channel
 from tokmerge.channel.transmission import send_image_tokens
 from tokmerge.merging.packed import Layout, Packed
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +17,12 @@ def samples():
 
 
 def send(images, policy=None):
-    merged = tokmerge.patch(build(), policy, split_layer=2)
-    return send_image_tokens(merged, images, ["float32"])["float32"]
-
-
-def analog(one, weight=1.0):
     """By the linear codec of its own tokens."""
-    features = to_features(one.tokens, None if one.sizes is None else weight)
-    return SentAnalog(one.edge_macs, one.macs, one, LinearCodec.of(features, weight))
+    merged = tokmerge.patch(build(), policy, split_layer=2)
+    one = send_image_tokens(merged, images, ["float32"])["float32"]
+    weight = size_weight(one.tokens)
+    codec = LinearCodec.of(to_features(one.tokens, None if one.sizes is None else weight), weight)
+    return SentAnalog(one.edge_macs, one.macs, one, codec)
 
 
 MERGING = tokmerge.Threshold(0.6)
@@ -62,8 +54,8 @@ def test_squared_error_is_that_of_lmmse(samples):
 
 
 def test_without_noise_analog_is_the_model(images):
-    digital = send(images, MERGING)
-    one, x = analog(digital, size_weight(digital.tokens)), digital.tokens.x
+    one = send(images, MERGING)
+    digital, x = one.sent, one.sent.tokens.x
     assert one.codec.symbols == (1, 24)
     tokens, arrived = one.receive(measured_link(), 90.0, 10**5, generator())
     assert arrived.all()
@@ -74,7 +66,7 @@ def test_without_noise_analog_is_the_model(images):
 
 
 def test_channel_uses_are_kept_to(images):
-    one, link = analog(send(images)), measured_link()
+    one, link = send(images), measured_link()
     layout = one.sent.tokens.layout
     _, arrived = one.receive(link, 20.0, 7, generator())
     counts = torch.zeros(len(images)).index_add_(0, layout.image, arrived.float())
@@ -89,7 +81,7 @@ def test_channel_uses_are_kept_to(images):
 
 
 def test_estimated_gains_and_fading_cost_quality(images):
-    one = analog(send(images, MERGING))
+    one = send(images, MERGING)
 
     def error(channel):
         drawn = [one.receive(measured_link(channel), 10.0, 2000, generator(seed))[0].x for seed in range(4)]
@@ -106,7 +98,7 @@ def test_sizes_travel_as_logarithms():
 
 
 def test_the_learned_codec_learns_and_survives_its_file(images):
-    one = send(images, MERGING)
+    one = send(images, MERGING).sent
     torch.manual_seed(0)
     codec = LearnedCodec(49, 4, hidden=32)
     losses = train_codec(codec, [one], 60, seed=0)
@@ -115,12 +107,11 @@ def test_the_learned_codec_learns_and_survives_its_file(images):
     assert codec.symbols == (4, 4)
     again = LearnedCodec.of(codec.named_tensors() | LearnedCodec(5, 3).named_tensors(), 4)
     given = to_features(one.tokens, codec.size_weight)
+    noise = torch.full((len(given),), 0.1)
     with torch.inference_mode():
         symbols = codec.encode(given, 4)
         assert float(symbols.abs().square().mean()) == pytest.approx(1.0, abs=0.35)
-        got = codec.decode(symbols, torch.full((len(given),), 0.1))
-    assert got.shape == given.shape
-    assert torch.equal(again.decode(again.encode(given, 4), torch.full((len(given),), 0.1)), got)
+        assert torch.equal(again.decode(again.encode(given, 4), noise), codec.decode(symbols, noise))
     assert again.size_weight == codec.size_weight
     with pytest.raises(ValueError, match="no learned codec of 8 symbols per token: there are those of 4"):
         LearnedCodec.of(codec.named_tensors(), 8)

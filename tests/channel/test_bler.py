@@ -1,5 +1,3 @@
-"""Block error rates and errors drawn from them."""
-
 import numpy as np
 import pandas as pd
 import pytest

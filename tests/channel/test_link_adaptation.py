@@ -1,5 +1,3 @@
-"""The lookup table, its file, and what following it over a trace gives."""
-
 import numpy as np
 import pytest
 import torch

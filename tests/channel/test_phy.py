@@ -6,12 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from members import generator
 from tokmerge.channel.phy import CODED_BITS, LADDER, Channel, Mcs, block_errors, modulate, send_bytes, soft_bits
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 # Q(sqrt(x)), and its average over an x that is exponential (Rayleigh fading): what QPSK has at an SNR of x.
 Q = {"awgn": lambda x: 0.5 * math.erfc((x / 2) ** 0.5), "rayleigh": lambda x: 0.5 * (1 - (x / (2 + x)) ** 0.5)}
@@ -72,9 +68,8 @@ def test_received_noise_is_what_the_receiver_takes_it_for():
 
 
 def test_a_pilot_estimate_costs_signal_and_uses():
-    perfect, estimated = (
-        uncoded_errors(4, Channel("rayleigh", pilots=pilots), 15.0, 600, 10, generator()).sum() for pilots in (None, 1)
-    )
+    channels = [Channel("rayleigh", pilots=pilots) for pilots in (None, 1)]
+    perfect, estimated = (uncoded_errors(4, channel, 15.0, 600, 10, generator()).sum() for channel in channels)
     assert estimated > 1.2 * perfect
     assert Channel(pilots=4).uses(LADDER[4]) == LADDER[4].uses + 4 == Channel().uses(LADDER[4]) + 4
 
@@ -89,9 +84,8 @@ def test_ldpc_falls_off_its_cliff_between_capacity_and_three_decibels_above(sche
 def test_repeating_a_block_is_three_decibels():
     once, twice = LADDER[2], LADDER[1]
     assert (twice.info_bits, twice.uses) == (once.info_bits, 2 * once.uses)
-    errors = [
-        int(block_errors(one, Channel(), snr, 20, generator(3)).sum()) for one, snr in ((once, -3.8), (twice, -6.81))
-    ]
+    pairs = ((once, -3.8), (twice, -6.81))
+    errors = [int(block_errors(one, Channel(), snr, 20, generator(3)).sum()) for one, snr in pairs]
     assert abs(errors[0] - errors[1]) <= 10, errors
     assert block_errors(once, Channel(), -6.81, 10, generator()).all()
 

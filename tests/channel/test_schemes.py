@@ -1,5 +1,3 @@
-"""Who competes."""
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,15 +8,10 @@ from members import file, measured_link, member
 from PIL import Image
 from tokmerge.channel.analog import LinearCodec
 from tokmerge.channel.schemes import Slot, analog_member, late_profiles, send_files, thin_out, token_members
-from tokmerge.data.image_sets import Batch, Example, ImageSet
+from tokmerge.data.image_sets import Example, ImageSet
 from tokmerge.evaluation import image_codecs
 from tokmerge.evaluation.calibrate import calibrate
 from tokmerge.merging.policies import Threshold
-
-
-@pytest.fixture
-def batch(images):
-    return Batch(list("abcde"), images, torch.arange(5))
 
 
 def test_caps_are_the_fastest_that_get_through():
@@ -72,8 +65,7 @@ def test_members_know_search_images_alone(batch):
 
 def test_files_are_classified_as_the_server_sees_them():
     model = build()
-    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
-                            "interpolation": "bicubic"}  # fmt: skip
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     photos = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)) for i in range(3)]
     examples = [Example(str(i), photo, i) for i, photo in enumerate(photos)]
     images = ImageSet("noise", "test", tuple("abc"), list("012"), np.arange(3), lambda start: iter(examples))

@@ -1,5 +1,3 @@
-"""Where tokens lie in code blocks, against real payloads that are really damaged."""
-
 import numpy as np
 import pytest
 import torch
@@ -63,7 +61,7 @@ X = torch.arange(14.0).view(7, 2)
 BATCH = Packed(X, Layout(torch.tensor([4, 3])), torch.tensor([1.0, 1, 2, 5, 1, 3, 5]))
 RECEIVED = torch.tensor([True, False, True, True, False, True, False])
 PROTOTYPE = torch.tensor([[-1.0, -2.0]])
-ZERO = torch.zeros(2)
+ZERO, MEAN = torch.zeros(2), (X[2] * 2 + X[3] * 5) / 7
 
 
 @pytest.mark.parametrize(
@@ -71,12 +69,7 @@ ZERO = torch.zeros(2)
     [
         ("drop", [3, 2], [X[0], X[2], X[3], PROTOTYPE[0], X[5]], [1, 2, 5, 1, 3]),
         # The average stands for all patches that are lost; that of one is itself.
-        (
-            "mean",
-            [4, 3],
-            [X[0], X[2], X[3], (X[2] * 2 + X[3] * 5) / 7, PROTOTYPE[0], X[5], X[5]],
-            [1, 2, 5, 1, 1, 3, 5],
-        ),
+        ("mean", [4, 3], [X[0], X[2], X[3], MEAN, PROTOTYPE[0], X[5], X[5]], [1, 2, 5, 1, 1, 3, 5]),
         ("zero", [4, 3], [X[0], ZERO, X[2], X[3], PROTOTYPE[0], X[5], ZERO], [1, 1, 2, 5, 1, 3, 1]),
     ],
 )

@@ -155,3 +155,34 @@ def test_trouble_in_the_model_is_answered():
         assert await post(b"x") == (500, b"out of memory")
 
     talking(SimpleNamespace(answer=broken), scene)
+
+
+HOSTILE = [torch.full((5, 48), 3e38), torch.full((5, 48), -3e38), torch.eye(5, 48) * 3e38, torch.full((2, 48), 1e30)]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        tokmerge.Threshold(0.6),
+        tokmerge.StaticRates(3, 3),
+        tokmerge.AttentionPruning(4),
+        tokmerge.PiToMe(3),
+        tokmerge.TopR(3),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_hostile_values_are_refused_and_reach_no_other_client(policy, images):
+    merged = tokmerge.patch(build(), policy, precision="int8", split_layer=2)
+    responder, sent = Responder(merged, protected_means(merged.edge(images), 1)), payloads(merged, images)
+    alone = [responder.answer([payload])[0] for payload in sent]
+    rng = np.random.default_rng(0)
+    hostile = [wire.encode(values, torch.ones(len(values)), "float32") for values in HOSTILE]
+    noise = [bytearray(payload) for payload in sent]
+    for payload in noise:
+        payload[rng.integers(len(payload))] ^= 1 << rng.integers(8)
+    answers = responder.answer([*hostile, *sent, *map(bytes, noise)])
+    for answer in answers[: len(hostile)]:
+        assert isinstance(answer, ValueError) or answer.isfinite().all()
+    for answer, own in zip(answers[len(hostile) :], alone, strict=False):
+        torch.testing.assert_close(answer, own, atol=1e-4, rtol=0)
+    assert str(answers[0]) == "values too large: no finite scores"

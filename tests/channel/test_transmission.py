@@ -1,5 +1,3 @@
-"""What arrives at the server and what it answers, against one image at a time."""
-
 import pytest
 import torch
 from members import measured_link

@@ -1,5 +1,3 @@
-"""Questions over a link, against the questions asked without it."""
-
 import pytest
 import torch
 from members import measured_link

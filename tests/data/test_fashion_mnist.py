@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,26 +10,25 @@ from tokmerge.data import fashion_mnist
 from tokmerge.data.image_sets import DataError
 
 
-def idx(stem, photos, labels):
-    """The two idx files of (n, 28, 28) photos."""
-    count, side = len(photos).to_bytes(4, "big"), (28).to_bytes(4, "big")
-    return {
-        f"{stem}-images-idx3-ubyte": b"\0\0\x08\x03" + count + side * 2 + photos.tobytes(),
-        f"{stem}-labels-idx1-ubyte": b"\0\0\x08\x01" + count + labels.astype(np.uint8).tobytes(),
-    }
-
-
-@pytest.fixture
-def idx_files(monkeypatch):
-    """The four idx files in small: 30 + 20 photos of 28x28; their checksums stand in for the real ones."""
-    rng = np.random.default_rng(0)
-    files = {}
-    for stem, n in (("train", 30), ("t10k", 20)):
-        files |= idx(stem, rng.integers(0, 256, (n, 28, 28), np.uint8), np.arange(n) % 10)
+def idx(photos, monkeypatch):
+    """The four idx files of {stem: (n, 28, 28)}, whose checksums stand in for the real ones."""
+    files, side = {}, (28).to_bytes(4, "big")
+    for stem, pixels in photos.items():
+        count, labels = len(pixels).to_bytes(4, "big"), (np.arange(len(pixels)) % 10).astype(np.uint8)
+        files[f"{stem}-images-idx3-ubyte"] = b"\0\0\x08\x03" + count + side * 2 + pixels.tobytes()
+        files[f"{stem}-labels-idx1-ubyte"] = b"\0\0\x08\x01" + count + labels.tobytes()
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     assert list(checksums) == list(fashion_mnist.SHA256)
     monkeypatch.setattr(fashion_mnist, "SHA256", checksums)
     return files
+
+
+@pytest.fixture
+def idx_files(monkeypatch):
+    """In small: 30 + 20 photos of 28x28."""
+    rng = np.random.default_rng(0)
+    photos = {stem: rng.integers(0, 256, (n, 28, 28), np.uint8) for stem, n in (("train", 30), ("t10k", 20))}
+    return idx(photos, monkeypatch)
 
 
 def write(folder, files, packed=True):
@@ -66,32 +66,23 @@ def test_damaged_files_are_named(tmp_path, idx_files):
             fashion_mnist.load_fashion_mnist("test", tmp_path)
 
 
-def test_a_given_path_is_the_only_place(tmp_path, idx_files, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", write(tmp_path / "debian", idx_files))
-    with pytest.raises(DataError, match="does not hold the four Fashion-MNIST idx files"):
-        fashion_mnist.load_fashion_mnist("test", tmp_path / "elsewhere")
-
-
 def test_places_are_tried_in_order(tmp_path, idx_files, monkeypatch):
-    calls = []
+    calls, willing = [], set()
 
-    def fetch(kind, succeed):
-        def fake(folder):
-            calls.append(kind)
-            if not succeed:
-                raise DataError(f"{kind} said no")
-            write(folder, idx_files)
-
-        return fake
+    def fetch(kind, folder):
+        calls.append(kind)
+        if kind not in willing:
+            raise DataError(f"{kind} said no")
+        write(folder, idx_files)
 
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(fashion_mnist, "fetch_debian", fetch("debian", False))
-    monkeypatch.setattr(fashion_mnist, "fetch_hub", fetch("hub", False))
+    monkeypatch.setattr(fashion_mnist, "fetch_debian", partial(fetch, "debian"))
+    monkeypatch.setattr(fashion_mnist, "fetch_hub", partial(fetch, "hub"))
     with pytest.raises(DataError) as caught:
         fashion_mnist.load_fashion_mnist("test", data_dir=tmp_path)
     for part in (str(tmp_path / "none"), "debian said no", "hub said no", "Install Debian's package"):
         assert part in str(caught.value)
-    monkeypatch.setattr(fashion_mnist, "fetch_hub", fetch("hub", True))
+    willing.add("hub")
     assert len(fashion_mnist.load_fashion_mnist("test", data_dir=tmp_path)) == 20
     assert calls == ["debian", "hub"] * 2
     assert len(fashion_mnist.load_fashion_mnist("train", data_dir=tmp_path)) == 30
@@ -99,6 +90,8 @@ def test_places_are_tried_in_order(tmp_path, idx_files, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", write(tmp_path / "debian", idx_files))
     (tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
     assert len(fashion_mnist.load_fashion_mnist("test", data_dir=tmp_path)) == 20, "the installed copy comes first"
+    with pytest.raises(DataError, match="does not hold the four Fashion-MNIST idx files"):
+        fashion_mnist.load_fashion_mnist("test", tmp_path / "a path that is given is the only place")
 
 
 def debian(folder, monkeypatch, files=(), apt=None):
@@ -146,17 +139,12 @@ def test_a_folder_that_cannot_be_written_is_among_the_reasons(tmp_path, idx_file
         fashion_mnist.load_fashion_mnist("test", data_dir=tmp_path / "data")
 
 
-def test_fetch_hub_rebuilds_the_idx_files(tmp_path, idx_files, monkeypatch):
+def test_fetch_hub_rebuilds_the_idx_files(tmp_path, monkeypatch):
     photos = hub_folder(tmp_path / "hub", {"train": 12, "test": 6})
-    expected = {}
-    for split, stem in (("train", "train"), ("test", "t10k")):
-        pixels = np.stack([np.asarray(photo) for photo in photos[split]])
-        expected |= idx(stem, pixels, np.arange(len(pixels)) % 10)
-    checksums = {name: hashlib.sha256(expected[name]).hexdigest() for name in fashion_mnist.SHA256}
-    monkeypatch.setattr(fashion_mnist, "SHA256", checksums)
+    idx({stem: np.stack(photos[split]) for split, stem in fashion_mnist.STEMS.items()}, monkeypatch)
     fashion_mnist.fetch_hub(tmp_path / "data" / "fashion-mnist", name=str(tmp_path / "hub"))
     assert len(fashion_mnist.load_fashion_mnist("train", tmp_path / "data" / "fashion-mnist")) == 12
-    monkeypatch.setattr(fashion_mnist, "SHA256", dict.fromkeys(checksums, "0"))
+    monkeypatch.setattr(fashion_mnist, "SHA256", dict.fromkeys(fashion_mnist.SHA256, "0"))
     with pytest.raises(DataError, match="sha256"):
         fashion_mnist.fetch_hub(tmp_path / "other" / "fashion-mnist", name=str(tmp_path / "hub"))
     assert list((tmp_path / "other").iterdir()) == []

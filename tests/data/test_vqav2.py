@@ -3,6 +3,7 @@ import shutil
 
 import datasets
 import pytest
+from conftest import annotation, save_vqav2
 from PIL import Image
 from tokmerge.data import questions, vqav2
 from tokmerge.data.image_sets import DataError
@@ -16,32 +17,14 @@ ROWS = [
     (73000, 73, "How many?", ["2", "two", "2.", *["3"] * 7], "number", "how many"),
     (262148000, 262148, "Where is he?", ["down"] * 5 + ["at table"] * 5, "other", "where is"),
 ]
-ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
-
-
-def annotation(row, public=True):
-    number, _, _, texts, answer_type, question_type = row
-    given = [{"answer": text, "answer_confidence": "yes", "answer_id": i + 1} for i, text in enumerate(texts)]
-    known = {"question_type": question_type, "multiple_choice_answer": texts[0], "answers": given,
-             "answer_type": answer_type}  # fmt: skip
-    return {"question_id": number, "image_id": row[1]} | (known if public else dict.fromkeys(known))
 
 
 @pytest.fixture
 def folder(tmp_path):
     """VQAv2's official files with four questions about three images."""
-    asked = [{"image_id": image, "question": text, "question_id": i} for i, image, text, *_ in ROWS]
-    for split in ("val2014", "test-dev2015"):
-        content = {"info": {"version": "2.0"}, "task_type": "Open-Ended", "data_subtype": split, "questions": asked}
-        (tmp_path / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps(content))
-    # The official annotations come in an order of their own.
-    (tmp_path / ANNOTATIONS).write_text(json.dumps({"annotations": [annotation(row) for row in ROWS[::-1]]}))
-    for part in ("val2014", "test2015"):
-        (tmp_path / part).mkdir()
-        for image, color in COLORS.items():
-            Image.new("RGB", (8, 6), color).save(tmp_path / part / f"COCO_{part}_{image:012d}.jpg")
-    return tmp_path
+    photos = {image: Image.new("RGB", (8, 6), color) for image, color in COLORS.items()}
+    return save_vqav2(tmp_path, ROWS, photos, [("val2014", "val2014"), ("test-dev2015", "test2015")])
 
 
 @pytest.fixture
@@ -101,46 +84,32 @@ def test_test_questions_have_no_answers(folder, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())[3] == {"question_id": 262148000, "answer": "d"}
 
 
-def test_a_missing_image_is_named_before_anything_runs(folder):
-    (folder / "val2014" / "COCO_val2014_000000000073.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 3 images are missing in .*val2014, the first is 000000000073\.jpg"):
-        vqav2.vqav2_folder(folder)
-    shutil.rmtree(folder / "val2014")
-    with pytest.raises(DataError, match="3 of 3 images are missing"):
-        vqav2.vqav2_folder(folder)
-
-
 def edit(file, change):
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
 
 
-def test_questions_and_annotations_must_fit(folder):
-    edit(folder / ANNOTATIONS, lambda content: content["annotations"][0]["answers"].pop())
-    with pytest.raises(DataError, match="question 262148000 has 9 answers in"):
-        vqav2.vqav2_folder(folder)
-    edit(folder / ANNOTATIONS, lambda content: content["annotations"].pop(0))
-    with pytest.raises(DataError, match=r"question 262148000 of .*questions\.json has no annotation in .*annotations"):
-        vqav2.vqav2_folder(folder)
+def test_what_is_missing_or_does_not_fit_is_named_before_anything_runs(folder):
+    def refused(message):
+        with pytest.raises(DataError, match=message):
+            vqav2.vqav2_folder(folder)
 
-
-def test_damaged_files_are_named(folder):
-    asked = folder / QUESTIONS
-    whole = asked.read_text()
+    annotations, asked = folder / "v2_mscoco_val2014_annotations.json", folder / QUESTIONS
+    (folder / "val2014" / "COCO_val2014_000000000073.jpg").unlink()
+    refused(r"1 of 3 images are missing in .*val2014, the first is 000000000073\.jpg")
+    shutil.rmtree(folder / "val2014")
+    refused("3 of 3 images are missing")
+    edit(annotations, lambda content: content["annotations"][0]["answers"].pop())
+    refused("question 262148000 has 9 answers in")
+    edit(annotations, lambda content: content["annotations"].pop(0))
+    refused(r"question 262148000 of .*questions\.json has no annotation in .*annotations")
+    edit(asked, lambda content: content["questions"].pop(3))
     edit(asked, lambda content: content["questions"][1].pop("question"))
-    with pytest.raises(DataError, match=r"not of VQAv2's form \(KeyError\('question'\)"):
-        vqav2.vqav2_folder(folder)
+    refused(r"not of VQAv2's form \(KeyError\('question'\)")
     for wrong in ("[]", '{"questions": 3}', '{"questions": [{"id": 1}]}'):
         asked.write_text(wrong)
-        with pytest.raises(DataError, match="is not a VQAv2 file"):
-            vqav2.vqav2_folder(folder)
-    asked.write_text(whole[:-40])
-    with pytest.raises(DataError, match=rf"{QUESTIONS} is truncated or damaged"):
-        vqav2.vqav2_folder(folder)
-    asked.unlink()
-    with pytest.raises(DataError, match=rf"{QUESTIONS} does not exist"):
-        vqav2.vqav2_folder(folder)
+        refused("is not a VQAv2 file")
 
 
 def test_hub_streaming(hub):

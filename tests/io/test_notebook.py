@@ -12,9 +12,10 @@ def test_parameters_are_what_the_notebook_declares():
     assert notebook.parameters({"In": cells, "a": 5, "b": "x", "c": 3}) == {"a": 5, "b": "x"}
 
 
-def test_without_a_history_the_plain_values_are_the_parameters():
-    namespace = {"In": [""], "Out": {}, "_i": "", "json": json, "a": 5, "b": None, "c": [0.5], "exit": exit}
-    assert notebook.parameters(namespace) == {"a": 5, "b": None, "c": [0.5]}
+def test_without_a_history_plain_values_are_the_parameters_and_constants_are_not():
+    plain = {"a": 5, "b": None, "c": [0.5], "seed": 0}
+    others = {"In": [""], "Out": {}, "_i": "", "json": json, "exit": exit, "LADDER": (object(),), "np": object()}
+    assert notebook.parameters(others | plain) == plain
 
 
 def test_an_injected_name_that_is_not_declared_is_an_error():
@@ -23,17 +24,25 @@ def test_an_injected_name_that_is_not_declared_is_an_error():
         notebook.parameters({"In": cells, "a": 2, "b": None, "typo": 3})
 
 
-def test_negative_numbers_and_nested_literals_count_as_literals():
-    assert notebook.literal_names("a = -1\nb = {'x': [1, None]}") == ["a", "b"]
-    assert notebook.literal_names("a = b") == []
-    assert notebook.literal_names("a = 1\nprint(a)") == []
-    assert notebook.literal_names("a =") == []
-    assert notebook.literal_names("") == []
+@pytest.mark.parametrize(
+    ("cell", "values"),
+    [("a = -1\nb = {'x': [1, None]}", {"a": -1, "b": {"x": [1, None]}})]
+    + [(cell, {}) for cell in ("a = b", "a = 1\nprint(a)", "a =", "")],
+)
+def test_literals_are_those_of_cells_that_assign_literals_only(cell, values):
+    assert notebook.literals(cell) == values
 
 
-def test_without_a_history_plain_values_are_the_parameters_and_constants_are_not():
-    scope = {"In": [""], "Out": {}, "_hidden": 1, "LADDER": (object(),), "np": object(), "seed": 0, "snrs": [1.0]}
-    assert notebook.parameters(scope) == {"seed": 0, "snrs": [1.0]}
+@pytest.mark.parametrize(
+    ("declared", "given", "message"), [("seed = 0", "seed = '0'", "a str: this notebook takes a int"),
+                                       ("taus = [0.9]", "taus = 0.9", "a float: this notebook takes a list"),
+                                       ("flag = False", "flag = 1", "a int: this notebook takes a bool")]
+)  # fmt: skip
+def test_a_parameter_of_another_type_is_refused(declared, given, message):
+    with pytest.raises(ValueError, match=message):
+        notebook.parameters({"In": ["", declared, f"# Parameters\n{given}"]})
+    loose = {"In": ["", "a = 1.0\nb = None", "# Parameters\na = 1\nb = 'x'"], "a": 1, "b": "x"}
+    assert notebook.parameters(loose) == {"a": 1, "b": "x"}
 
 
 @pytest.mark.parametrize("how", ["command line", "file"])
@@ -41,20 +50,8 @@ def test_papermill_run_with_an_unknown_parameter_stops_before_any_work(tmp_path,
     (tmp_path / "typo.yaml").write_text("tresholds: [0.9]\n")
     given = ["-p", "tresholds", "0.9"] if how == "command line" else ["-f", str(tmp_path / "typo.yaml")]
     source = paths.root() / "notebooks" / "20_merging.ipynb"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            str(source),
-            str(tmp_path / "out.ipynb"),
-            "--cwd",
-            str(source.parent),
-            *given,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "papermill", source, tmp_path / "out.ipynb", "--cwd", source.parent, *given]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "unknown parameter tresholds: this notebook has inputs_dir, thresholds" in done.stderr
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)

@@ -10,11 +10,10 @@ import aiohttp
 import numpy as np
 import torch
 from torch import Tensor
-from yarl import URL
 
 from tokmerge.channel.segmentation import LINK_CHUNK, encode_payloads
 from tokmerge.channel.server import IDENTITY
-from tokmerge.models.vit import MergedViT
+from tokmerge.models.classifier import MergedClassifier
 
 
 class Reply(NamedTuple):
@@ -26,7 +25,7 @@ class Reply(NamedTuple):
 
 
 @torch.inference_mode()
-def payloads(merged: MergedViT, images: Tensor, chunk_tokens: int = LINK_CHUNK) -> list[bytes]:
+def payloads(merged: MergedClassifier, images: Tensor, chunk_tokens: int = LINK_CHUNK) -> list[bytes]:
     """What the device sends for (B, C, H, W) images: the first blocks run, and their tokens become bytes."""
     return encode_payloads(merged, merged.edge(images), chunk_tokens)
 
@@ -47,7 +46,8 @@ async def request_answers(
         ConnectionError: the server runs something else, or payloads are unanswered after the last attempt.
     """
     permits, timeout = asyncio.Semaphore(window), aiohttp.ClientTimeout(total=timeout_s)
-    url, headers = URL.build(scheme="http", host=host, port=port), {IDENTITY: json.dumps(dict(identity))}
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    headers = {IDENTITY: json.dumps(dict(identity))}
 
     async def ask(session: aiohttp.ClientSession, payload: bytes) -> Reply | str:
         why = ""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokmerge import wire
 from tokmerge.merging.packed import Layout, Packed, join
-from tokmerge.models.vit import MergedViT
+from tokmerge.models.classifier import MergedClassifier
 
 # Tokens per chunk where blocks get lost: fewer than `wire.CHUNK_TOKENS`, so that a lost block takes few with it.
 LINK_CHUNK = 4
@@ -38,9 +38,9 @@ def travel_order(layout: Layout, protected: int) -> Tensor:
     return (2.0 * layout.image.double() + key.double()).argsort(stable=True)
 
 
-def encode_payloads(merged: MergedViT, tokens: Packed, chunk_tokens: int = LINK_CHUNK) -> list[bytes]:
+def encode_payloads(merged: MergedClassifier, tokens: Packed, chunk_tokens: int = LINK_CHUNK) -> list[bytes]:
     """The payload of each image, as the device sends it: its tokens at the split, in the order of travel."""
-    order = travel_order(tokens.layout, merged.model.num_prefix_tokens)
+    order = travel_order(tokens.layout, merged.protected)
     sizes, counts = merged.sent_sizes(tokens), tokens.layout.counts
     return wire.encode_images(tokens.x, counts, sizes, merged.precision, chunk_tokens, order)
 

@@ -23,14 +23,14 @@ from torch import Tensor
 from tokmerge import wire
 from tokmerge.channel.segmentation import conceal, travel_order
 from tokmerge.merging.packed import Layout, Packed, join
+from tokmerge.models.classifier import MergedClassifier
 from tokmerge.models.merged import digest_weights
-from tokmerge.models.vit import MergedViT
 
 IDENTITY = "Tokmerge-Identity"
 MAX_BATCH = 32  # payloads per forward pass
 
 
-def identity(merged: MergedViT) -> dict[str, Any]:
+def identity(merged: MergedClassifier) -> dict[str, Any]:
     """What device and server must agree on: wire version, split, and digests of weights and policy."""
     policy, weights = merged.policy, digest_weights(merged.model)
     merges = policy is not None and any(map(policy.active, range(merged.depth)))
@@ -47,19 +47,19 @@ class Responder:
         prototype: (P, D) stands in for lost protected tokens, see `tokmerge.channel.segmentation.conceal`.
     """
 
-    merged: MergedViT
+    merged: MergedClassifier
     prototype: Tensor
 
     @property
     def patches(self) -> int:
         """Patches of an image."""
-        return int(self.merged.model.patch_embed.num_patches)
+        return int(self.merged.n_patches)
 
     def open(self, payload: bytes) -> tuple[Packed, Tensor]:
         """The tokens of a payload, in the device's order, and which arrived; a ValueError if not of this model."""
         got = wire.decode(payload, max_values=2**20)
         (n, dim), protected = got.tokens.shape, len(self.prototype)
-        if dim != self.merged.model.embed_dim or not protected < n <= protected + self.patches:
+        if dim != self.merged.embed_dim or not protected < n <= protected + self.patches:
             raise ValueError(f"a payload of {n} x {dim} values: not of this model")
         layout = Layout(torch.tensor([n]))
         back = travel_order(layout, protected).argsort()

@@ -14,7 +14,8 @@ from tokmerge.channel.phy import Channel
 from tokmerge.channel.segmentation import LINK_CHUNK, Segmentation, encode_payloads, protected_means, travel_order
 from tokmerge.channel.server import Responder
 from tokmerge.merging.packed import Layout, Packed, join
-from tokmerge.models.vit import MergedViT, patch
+from tokmerge.models.classifier import MergedClassifier
+from tokmerge.models.vit import patch
 
 # One for all payloads, or one for each: (B, 1) decibels, (B,) channel uses.
 Decibels = float | np.ndarray
@@ -173,7 +174,7 @@ class SentTokens(Sent):
 
 @torch.inference_mode()
 def send_image_tokens(
-    merged: MergedViT, images: Tensor, precisions: Sequence[str], prototype: Tensor | None = None,
+    merged: MergedClassifier, images: Tensor, precisions: Sequence[str], prototype: Tensor | None = None,
     chunk_tokens: int = LINK_CHUNK,
 ) -> dict[str, SentTokens]:  # fmt: skip
     """Run the device on images once, for payloads of each precision.
@@ -192,7 +193,7 @@ def send_image_tokens(
     records = [merged(some, through=keep)[1] for some in images.split(64)]
     edge_macs, macs = (torch.cat([getattr(record, name) for record in records]) for name in ("edge_macs", "macs"))
     tokens = join(parts)
-    prototype = protected_means(tokens, merged.model.num_prefix_tokens) if prototype is None else prototype
+    prototype = protected_means(tokens, merged.protected) if prototype is None else prototype
     sent = {}
     for precision in precisions:
         server = Responder(patch(merged, merged.policy, precision=precision, split_layer=merged.split_layer), prototype)

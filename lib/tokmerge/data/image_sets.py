@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -42,11 +42,19 @@ class ImageSet:
 
     name: str  #: what results computed on it must be labelled with
     split: str  #: which part of it
-    classes: tuple[str, ...]  #: class names; a label is an index into them
-    ids: Sequence[str]  #: of each example
-    labels: np.ndarray  #: (N,) class of each example
-    stream: Callable[[int], Iterator[Example]] | None = None  #: the examples from a position on
-    at: Callable[[int], Example] | None = None  #: the example at a position
+    classes: tuple[str, ...] = field(repr=False)  #: class names; a label is an index into them
+    ids: Sequence[str] = field(repr=False)  #: of each example
+    labels: np.ndarray = field(repr=False)  #: (N,) class of each example
+    #: the examples from a position on
+    stream: Callable[[int], Iterator[Example]] | None = field(default=None, repr=False)
+    at: Callable[[int], Example] | None = field(default=None, repr=False)  #: the example at a position
+
+    def __post_init__(self) -> None:
+        if len(bad := np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))):
+            where = f"example {self.ids[bad[0]]} of {self.name}, {self.split}, has label {self.labels[bad[0]]}"
+            raise DataError(
+                f"{where}, which is none of its {len(self.classes)} classes: use a split with public labels"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)

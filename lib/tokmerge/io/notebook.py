@@ -14,19 +14,19 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     about a name the notebook does not have; here that is an error, before any work.
 
     Raises:
-        ValueError: a parameter was given that the notebook does not have; the message lists those it has.
+        ValueError: a parameter was given that the notebook does not have, or a value of another type than its own.
 
     >>> parameters({"In": ["", "seed = 0", "# Parameters\\nseed = 1"], "seed": 1})
     {'seed': 1}
     """
-    declared: list[str] = []
-    given: list[str] = []
+    declared: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for cell in namespace["In"]:
-        names = literal_names(cell)
-        if names and cell.startswith(INJECTED):
-            given = names
-        elif names and not given:
-            declared = names
+        values = literals(cell)
+        if values and cell.startswith(INJECTED):
+            given = values
+        elif values and not given:
+            declared = values
     if not declared:
         # A runner that keeps no history (nbval) injects nothing either: the plain values so far are the parameters, but
         # for constants that were imported.
@@ -36,23 +36,26 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in given if name not in declared]
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook has {', '.join(declared)}")
+    for name, value in given.items():
+        kind = type(declared[name])
+        # None is no type: it leaves open what else may be given; a whole number is a number.
+        if None not in (value, declared[name]) and type(value) not in ((kind, int) if kind is float else (kind,)):
+            raise ValueError(f"{name} is {value!r}, a {type(value).__name__}: this notebook takes a {kind.__name__}")
     return {name: namespace[name] for name in declared}
 
 
-def literal_names(cell: str) -> list[str]:
-    """Names a cell assigns if it does nothing but assign literals to names, else none.
+def literals(cell: str) -> dict[str, Any]:
+    """What a cell assigns to which names if it does nothing but assign literals, else nothing.
 
-    >>> literal_names("a = 1\\nb = [2, 'x']"), literal_names("a = f(1)")
-    (['a', 'b'], [])
+    >>> literals("a = 1\\nb = [2, 'x']"), literals("a = f(1)")
+    ({'a': 1, 'b': [2, 'x']}, {})
     """
+    found = {}
     try:
-        statements = ast.parse(cell).body
-        names = []
-        for statement in statements:
+        for statement in ast.parse(cell).body:
             if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-                return []
-            ast.literal_eval(statement.value)
-            names.append(statement.targets[0].id)
+                return {}
+            found[statement.targets[0].id] = ast.literal_eval(statement.value)
     except (SyntaxError, ValueError):
-        return []
-    return names
+        return {}
+    return found

@@ -56,10 +56,15 @@ def save_table(table: "pd.DataFrame", path: str | Path) -> None:
 
 
 def load_table(path: str | Path) -> "pd.DataFrame":
-    """Read a table written by `save_table`."""
+    """Read a table written by `save_table`; ValueError that names the file if it is damaged."""
     import pandas as pd
 
-    return pd.read_parquet(path)
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no parquet table ({error}): delete it and run its notebook again") from error
 
 
 def save_json(content: Mapping[str, Any], path: str | Path) -> None:

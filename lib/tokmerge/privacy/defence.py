@@ -16,7 +16,7 @@ from tokmerge.merging.front import Front
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.notation import policy_from_json, policy_to_json
 from tokmerge.merging.packed import Layout, Packed, join
-from tokmerge.models.vit import MergedViT
+from tokmerge.models.classifier import MergedClassifier
 
 Distortion = Callable[[Packed, torch.Generator], Packed]
 
@@ -97,7 +97,7 @@ def decreasing_schedule(total: int, depth: int) -> tuple[int, ...]:
 def collect_tokens(tokens: Callable[[Tensor], Packed], images: Tensor, batch_size: int) -> Packed:
     """The tokens of (n, C, H, W) images as one packed batch with a source map, on the CPU, in float16 as they travel.
 
-    ``tokens`` maps a batch of images to packed tokens with their source map, such as `MergedViT.edge` does.
+    ``tokens`` maps a batch of images to packed tokens with their source map, such as `MergedClassifier.edge` does.
     """
     parts = []
     with torch.inference_mode():
@@ -119,7 +119,9 @@ def receive_batches(
         yield distort(tokens.images(rows), generator).to(device)
 
 
-def serve(merged: MergedViT, tokens: Packed, defence: Defence, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def serve(
+    merged: MergedClassifier, tokens: Packed, defence: Defence, batch_size: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """What the server makes of the tokens of n images (logits (n, classes)), and what they took (bytes (n,)).
 
     The model is patched with the defence's policy; the seed is the channel's.
