@@ -1,12 +1,17 @@
-"""Small models with the structure of the real ones, and images that hold both plain and busy regions."""
+"""Small models with the structure of the real ones, images that hold both plain and busy regions, and data sets."""
+
+import json
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from tokmerge.data.image_sets import Batch, split_batch
+from tokmerge.io import store
 
 torch.set_num_threads(1)
 
@@ -60,18 +65,58 @@ def images():
     return canvas
 
 
+@pytest.fixture
+def batch(images):
+    return Batch(list("abcde"), images, torch.arange(5))
+
+
+@pytest.fixture
+def batches(batch):
+    return list(split_batch(batch, 3))
+
+
+def save_inputs(folder, splits, **params):
+    """What 10_inputs leaves behind: {split: ids of its images}, and what it was given, by default the sample."""
+    sample = {"dataset": "sample", "data_path": None, "search_source": "train", "test_source": "test"}
+    params = {**sample, "model_name": "fashion-vit", "checkpoint": None, **params}
+    rows = [(split, identifier) for split, ids in splits.items() for identifier in ids]
+    store.save_table(pd.DataFrame(rows, columns=["split", "id"]), folder / "splits.parquet")
+    store.save_json({"params": params}, folder / "inputs.json")
+    return folder
+
+
+def annotation(row, public=True):
+    """One of VQAv2's: of (question id, image id, question, answers, answer type, question type)."""
+    number, image, _, texts, answer_type, question_type = row
+    given = [{"answer": text, "answer_confidence": "yes", "answer_id": i + 1} for i, text in enumerate(texts)]
+    known = {"question_type": question_type, "multiple_choice_answer": texts[0], "answers": given,
+             "answer_type": answer_type}  # fmt: skip
+    return {"question_id": number, "image_id": image} | (known if public else dict.fromkeys(known))
+
+
+def save_vqav2(folder, rows, photos, splits=(("val2014", "val2014"),)):
+    """VQAv2's official files of rows as of `annotation`, and {image id: photo}, for each (split, folder of images)."""
+    asked = [{"image_id": image, "question": text, "question_id": number} for number, image, text, *_ in rows]
+    for split, part in splits:
+        content = {"info": {"version": "2.0"}, "task_type": "Open-Ended", "data_subtype": split, "questions": asked}
+        (folder / part).mkdir(parents=True)
+        (folder / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps(content))
+        for image, photo in photos.items():
+            photo.save(folder / part / f"COCO_{part}_{image:012d}.jpg")
+    # The official annotations come in an order of their own.
+    annotations = {"annotations": [annotation(row) for row in rows[::-1]]}
+    (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(annotations))
+    return folder
+
+
 def hub_folder(folder, splits, size=(28, 28), classes=10):
     """A local data set with the hub's columns, one parquet file per split."""
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[f"class {i}" for i in range(classes)])
-    )
-    rng = np.random.default_rng(1)
+    label, rng = datasets.ClassLabel(names=[f"class {i}" for i in range(classes)]), np.random.default_rng(1)
     photos = {}
     (folder / "data").mkdir(parents=True)
     for split, n in splits.items():
         photos[split] = [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for _ in range(n)]
-        rows = datasets.Dataset.from_dict(
-            {"image": photos[split], "label": [i % classes for i in range(n)]}, features=features
-        )
+        rows = {"image": photos[split], "label": [i % classes for i in range(n)]}
+        rows = datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), label=label))
         rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return photos

@@ -3,22 +3,15 @@
 import ast
 import re
 from functools import cache
-from pathlib import Path
 
 import nbformat
 from tokmerge.io import paths
 
 ROOT = paths.root()
 LIB = ROOT / "lib" / "tokmerge"
-
-
-def modules() -> dict[str, Path]:
-    """Every module by its dotted name below the package; a folder by its own; the package itself is left out."""
-    named = {path.relative_to(LIB).with_suffix("").as_posix().replace("/", "."): path for path in LIB.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in named.items() if name != "__init__"}
-
-
-MODULES = modules()
+# Every module by its dotted name below the package; a folder by its own; the package itself is left out.
+FILES = {path.relative_to(LIB).with_suffix("").as_posix().replace("/", "."): path for path in LIB.rglob("*.py")}
+MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items() if name != "__init__"}
 
 
 def module(name: str) -> str | None:
@@ -81,19 +74,24 @@ def imported(name: str) -> frozenset[str]:
 
 def closure(names: set[str]) -> set[str]:
     """All modules that importing these brings in, themselves included."""
-    done: set[str] = set()
-    todo = set(names)
-    while todo:
-        name = todo.pop()
-        done.add(name)
-        todo |= imported(name) - done
-    return done
+    more = names.union(*map(imported, names))
+    return names if more == names else closure(more)
 
 
-def notebook_code(name: str) -> str:
-    """All code of a notebook."""
-    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+def cells(name: str) -> list:
+    """A notebook's."""
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+
+
+def code_cells(name: str) -> list[str]:
+    return [cell.source for cell in cells(name) if cell.cell_type == "code"]
+
+
+def parameter_cell(name: str) -> str:
+    """The one cell that is tagged so, which has to be the first with code."""
+    (tagged,) = (cell.source for cell in cells(name) if "parameters" in cell.metadata.get("tags", []))
+    assert tagged == code_cells(name)[0]
+    return tagged
 
 
 def place(name: str) -> str:

@@ -10,6 +10,10 @@ from tokmerge.io import paths, store
 LABELS = torch.arange(40) % 4
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def measured_link(channel=None, fading="payload"):
     """A link with the block error rates that ship with the package."""
     channel = channel or Channel()

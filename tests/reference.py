@@ -31,12 +31,8 @@ def best_matches(heads, protected):
 
 def most_similar(metric, a, candidates):
     """(similarity, b); None without candidates."""
-    best = None
-    for b in candidates:
-        c = torch.nn.functional.cosine_similarity(metric[a], metric[b], dim=0).item()
-        if best is None or c > best[0]:
-            best = (c, b)
-    return best
+    pairs = [(torch.nn.functional.cosine_similarity(metric[a], metric[b], dim=0).item(), b) for b in candidates]
+    return max(pairs, key=lambda pair: pair[0], default=None)
 
 
 def largest(matches, r):
@@ -145,10 +141,10 @@ def run(model, image, decide, feature="tokens"):
 
 
 def run_tower(tower, image, decide, layer, skip, feature="tokens"):
-    """One image through a tower's first layers: features, token counts, sizes, groups."""
+    """One image through a tower's first layers: features, token counts, sizes, groups of patches."""
     x, clip = tower.embeddings(image[None]), hasattr(tower, "pre_layrnorm")
     x = (tower.pre_layrnorm(x) if clip else x)[0]
     mlp = lambda block, x: block.mlp(block.layer_norm2(x))  # noqa: E731
     blocks, protected = tower.encoder.layers[:layer], max(skip, clip)
     x, counts, sizes, groups = run_layers(x, blocks, tower_layer, mlp, protected, decide, feature)
-    return x[skip:], counts, sizes[skip:], groups[skip:]
+    return x[skip:], counts, sizes[skip:], [{token - skip for token in group} for group in groups[skip:]]

@@ -7,12 +7,11 @@ import subprocess
 import sys
 import tomllib
 import venv
-import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 
 import pytest
 import yaml
-from imports import LIB, ROOT, notebook_code
+from imports import LIB, ROOT, code_cells
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -93,9 +92,10 @@ def test_conda_environment_installs_the_same_project():
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     homes = {name: {canonicalize_name(one) for one in found} for name, found in packages_distributions().items()}
     declared = {canonicalize_name(requirement.name) for requirement in wanted("all", "ray")}
-    code = "\n".join(path.read_text() for path in LIB.rglob("*.py"))
-    code += "\n".join(notebook_code(path.stem) for path in (ROOT / "notebooks").glob("*.ipynb"))
-    names = set(re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE)) & set(homes) - {PROJECT["name"]}
+    code = [path.read_text() for path in LIB.rglob("*.py")]
+    code += [cell for path in (ROOT / "notebooks").glob("*.ipynb") for cell in code_cells(path.stem)]
+    named = re.findall(r"^\s*(?:from|import) (\w+)", "\n".join(code), re.MULTILINE)
+    names = set(named) & set(homes) - {PROJECT["name"]}
     used = {canonicalize_name(BROUGHT[name]) for name in names & set(BROUGHT)}
     for name in names - set(BROUGHT):
         assert homes[name] & declared, f"{name} is in no extra"
@@ -111,13 +111,11 @@ def core(tmp_path_factory):
     shutil.copytree(LIB, source / "lib" / PROJECT["name"], ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", folder, source], check=True)
     venv.create(folder / "venv", symlinks=True)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(site)
-    for name in needed_by_the_library():
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*install, "--target", site, source], check=True)
+    for name in with_needed({canonicalize_name(requirement.name) for requirement in wanted()}):
         found = distribution(name)
         for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__", "bin"}:
             if not (site / top).exists():
@@ -131,16 +129,12 @@ def core(tmp_path_factory):
     return run
 
 
-def needed_by_the_library():
-    """All distributions that the library needs without any extra, directly or not."""
-    done, todo = set(), {requirement.name for requirement in wanted()}
-    while todo:
-        name = todo.pop()
-        done.add(name)
-        for requirement in map(Requirement, distribution(name).requires or ()):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                todo |= {canonicalize_name(requirement.name)} - done
-    return done
+def with_needed(names):
+    """Distributions and all that they need without any extra, directly or not."""
+    asked = [requirement for name in names for requirement in map(Requirement, distribution(name).requires or ())]
+    needed = {one.name for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})}
+    more = names | {canonicalize_name(name) for name in needed}
+    return names if more == names else with_needed(more)
 
 
 def test_the_library_alone_runs_the_lines_of_the_readme(core):

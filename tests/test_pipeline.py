@@ -4,18 +4,20 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
-import nbformat
 import pytest
 import yaml
-from imports import LIB, MODULES, ROOT, closure, imported, imports, notebook_code, place
+from imports import LIB, MODULES, ROOT, closure, code_cells, imported, imports, parameter_cell, place
 from tokmerge import preflight
 
 PROFILES = ("smoke", "embedded", "paper")
-STAGES = [(profile, name, stage) for profile in PROFILES for name, stage in preflight.stages(ROOT, profile).items()]
-every_stage = pytest.mark.parametrize(
-    ("profile", "name", "stage"), STAGES, ids=[f"{name}@{profile}" for profile, name, _ in STAGES]
-)
+STAGES = {
+    f"{name}@{profile}": (profile, stage)
+    for profile in PROFILES
+    for name, stage in preflight.stages(ROOT, profile).items()
+}
+every_stage = pytest.mark.parametrize(("profile", "stage"), STAGES.values(), ids=STAGES)
 TRAINING = ("train_vit", "train_llava")
 STUDIES = ("search_study", "imagenet_study", "vqav2_study", "channel_study", "privacy_study")
 # Imports go down only: from a floor to lower ones, never along it.
@@ -37,23 +39,21 @@ def notebook_of(profile, stage):
 
 def given(profile, notebook):
     """All parameters of a run: those of the notebook's cell, changed by the profile's file."""
-    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
     params = {}
-    exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), params)
-    del params["__builtins__"]
+    exec(parameter_cell(notebook), {}, params)
     return params | (yaml.safe_load((ROOT / "params" / profile / f"{notebook}.yaml").read_text()) or {})
 
 
 @every_stage
-def test_stage_depends_on_exactly_the_folders_it_imports(profile, name, stage):
+def test_stage_depends_on_exactly_the_folders_it_imports(profile, stage):
     notebook = notebook_of(profile, stage)
     code = {dep for dep in stage["deps"] if dep.startswith("lib/tokmerge/") and "/assets/" not in dep}
-    assert code == {place(module) for module in closure(imports(notebook_code(notebook)))}
+    assert code == {place(module) for module in closure(imports("\n".join(code_cells(notebook))))}
     assert [f"notebooks/{notebook}.ipynb", f"params/{profile}/{notebook}.yaml"] == stage["deps"][:2]
 
 
 @every_stage
-def test_stage_reads_and_writes_what_its_params_say(profile, name, stage):
+def test_stage_reads_and_writes_what_its_params_say(profile, stage):
     params = given(profile, notebook_of(profile, stage))
     assert preflight.outputs(stage) == [params["out_dir"]]
     read = {value for key, value in params.items() if key.endswith("_dir") and key not in ("out_dir", "work_dir")}
@@ -74,9 +74,9 @@ def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
     assert names["embedded"] == [*TRAINING, *names["paper"]]
     hours = {*TRAINING, *STUDIES}
     assert names["smoke"] == [f"{name}_chained" if name in hours else name for name in names["embedded"]]
-    for profile, name, stage in STAGES:
-        assert stage.get("frozen", False) == (name in hours), f"{name}@{profile}"
-    used = {notebook_of(profile, stage) for profile, _, stage in STAGES}
+    for name, (_, stage) in STAGES.items():
+        assert stage.get("frozen", False) == (name.split("@")[0] in hours), name
+    used = {notebook_of(*stage) for stage in STAGES.values()}
     # The tour makes no table; growth is measured by hand, on an idle machine.
     assert used == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"00_tour", "95_scale"}
 
@@ -84,7 +84,7 @@ def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
 def test_dvc_reads_the_same_stages():
     command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert sorted(listed) == sorted(f"{name}@{profile}" for profile, name, _ in STAGES)
+    assert sorted(listed) == sorted(STAGES)
 
 
 def test_the_lanes_of_the_smoke_profile_name_its_stages():
@@ -122,16 +122,7 @@ def test_imports_go_down_the_floors_only():
 
 
 def test_no_module_imports_itself_by_a_detour():
-    def search(path):
-        for used in sorted(imported(path[-1])):
-            assert used not in path, " -> ".join([*path, used])
-            if used not in done:
-                search([*path, used])
-        done.add(path[-1])
-
-    done = set()
-    for name in MODULES:
-        search([name])
+    TopologicalSorter({name: imported(name) for name in MODULES}).prepare()
 
 
 def test_imports_of_every_kind_are_seen():

@@ -16,6 +16,11 @@ TEXT = {
     "num_key_value_heads": 2, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
 KINDS = {"clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig), "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig)}
+# Of `tiny_llava.build_tiny_llava`.
+GEOMETRY = {
+    "image_size": 32, "patch_size": 8, "width": 24, "depth": 3, "heads": 2, "text_width": 16, "text_depth": 2,
+    "text_heads": 2,
+}  # fmt: skip
 IMAGE_TOKEN = 3
 PROMPTS = [[1, 10, 3, 11, 12], [1, 3, 20, 21, 22, 23, 24], [1, 30, 31, 32, 3, 33], [3, 40], [1, 50, 51, 3, 52]]
 
@@ -58,10 +63,10 @@ def processor(texts, side=32):
     return tiny_llava.processor({"image_size": side, "patch_size": 4}, words)
 
 
-def thresholds(tower, images, share=0.4):
-    """Thresholds that merge about a share of every layer's set A."""
-    calibration = Calibration.of(lambda observer: patch_tower(tower, observer)(images))
-    return calibration.thresholds([share] * len(calibration.quantiles))
+def thresholds(model, images, patch=patch_tower):
+    """Thresholds that merge about 40 % of every layer's set A."""
+    calibration = Calibration.of(lambda observer: patch(model, observer)(images))
+    return calibration.thresholds([0.4] * len(calibration.quantiles))
 
 
 def padded(prompts, side="left", repeat=1):
@@ -72,3 +77,6 @@ def padded(prompts, side="left", repeat=1):
         for part in (rows, [[1] * len(row) for row in rows])
     )
     return ids, mask
+
+
+IDS, MASK = padded(PROMPTS)

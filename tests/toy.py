@@ -42,10 +42,6 @@ def touchy(configuration):
     return measure(configuration) | ({"kl": float("nan")} if second > 0.9 else {})
 
 
-def make_touchy():
-    return touchy
-
-
 DEADLY = 0.55
 
 

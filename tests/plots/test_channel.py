@@ -9,25 +9,22 @@ LINK = pd.DataFrame(
 
 
 def test_a_link_figure_has_a_line_and_a_band_per_family():
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_link(ax, LINK)
     assert [line.get_label() for line in ax.lines] == ["unmerged", "adaptive"]
     assert list(ax.lines[0].get_xdata()) == [-5.0, 5.0]
     assert len(ax.collections) == 2
-    plt.close(fig)
 
 
 def test_sweeps_have_a_panel_each():
     table = pd.concat([LINK.assign(sweep="fading", uses=1000), LINK.assign(sweep="latency", uses=0)])
     fig = draw_sweeps(table, "data")
     assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["data: fading uses", "latency"]
-    plt.close(fig)
 
 
 def test_a_trace_figure_tells_policies_from_fixed_choices():
     table = pd.DataFrame({"kind": ["policy", "fixed", "fixed"], "choice": ["adaptive", "a", "b"], "top1": 0.9})
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_trace(ax, table.assign(latency_s=[0.1, 0.2, 0.3]))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["fixed choices", "adaptive"]
     assert len(ax.collections[0].get_offsets()) == 2
-    plt.close(fig)

@@ -9,7 +9,7 @@ def test_draw_adaptivity_compares_tenths_of_confidence():
     unmerged = pd.DataFrame({"macs": 100.0, "confidence": np.linspace(0, 1, 200), "prediction": 0})
     mine = pd.DataFrame({"macs": 60 - 40 * unmerged.confidence, "prediction": 0})
     fixed = pd.DataFrame({"macs": 40.0, "prediction": [1] * 10 + [0] * 190})
-    fig, axes = plt.subplots(1, 3)
+    _, axes = plt.subplots(1, 3)
     draw_adaptivity(axes, mine, fixed, unmerged)
     expected = [(mine.macs / 100)[start : start + 20].mean() for start in range(0, 200, 20)]
     np.testing.assert_allclose(axes[1].lines[0].get_ydata(), expected)
@@ -17,27 +17,23 @@ def test_draw_adaptivity_compares_tenths_of_confidence():
     assert list(axes[2].lines[0].get_ydata()) == [0] * 10
     assert list(axes[2].lines[1].get_ydata()) == [50] + [0] * 9
     assert sum(bar.get_height() for bar in axes[0].patches) == 200
-    plt.close(fig)
 
 
 def test_draw_splits_has_a_line_per_method_and_the_smallest_good_image():
+    columns = ["method", "precision", "split_layer", "edge_macs", "server_macs", "payload_bytes"]
     rows = [
         (method, precision, split, 1e6 * split, 1e6 * (2 - split), scale * split + 1)
         for method, scale in (("unmerged", 100), ("ours", 10))
         for precision in ("float16", "int4")
         for split in range(3)
     ]
-    splits = pd.DataFrame(
-        rows, columns=["method", "precision", "split_layer", "edge_macs", "server_macs", "payload_bytes"]
-    )
     sent = pd.DataFrame({"sent": ["jpeg"] * 3, "payload_bytes": [50, 80, 120], "top1_drop": [0.2, 0.004, 0.0]})
-    fig, axes = plt.subplots(1, 2)
-    draw_splits(axes, splits, sent)
+    _, axes = plt.subplots(1, 2)
+    draw_splits(axes, pd.DataFrame(rows, columns=columns), sent)
     assert [list(line.get_ydata()) for line in axes[0].lines[:4]] == [[1, 101, 201]] * 2 + [[1, 11, 21]] * 2
     assert axes[0].lines[4].get_ydata()[0] == 80
     assert len(axes[0].lines) == 5
     np.testing.assert_allclose(axes[1].lines[1].get_ydata(), [2, 1, 0])
-    plt.close(fig)
 
 
 def test_draw_sweep_shows_every_method_and_the_unmerged_accuracy():
@@ -46,7 +42,7 @@ def test_draw_sweep_shows_every_method_and_the_unmerged_accuracy():
         columns=["method", "top1", "macs_ratio"],
     )
     sweep = sweep.assign(top1_low=sweep.top1 - 0.01, top1_high=sweep.top1 + 0.02)
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_sweep(ax, sweep, "macs_ratio")
     (threshold, _, (bars,)), (fixed, _, _) = ax.containers
     assert threshold.get_xydata().tolist() == [[0.3, 80.0], [0.6, 85.0]]
@@ -54,32 +50,23 @@ def test_draw_sweep_shows_every_method_and_the_unmerged_accuracy():
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([79.0, 82.0])
     assert ax.get_xlabel() == "MACs, merged / unmerged"
     assert 90.0 in [line.get_ydata()[0] for line in ax.lines]
-    plt.close(fig)
 
 
 def test_draw_similarity_has_the_layers_median():
     rows = [(layer, q, 0.5 + layer / 10 + q / 100) for layer in (0, 1) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_similarity(ax, pd.DataFrame(rows, columns=["layer", "quantile", "similarity"]))
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.505, 0.605])
     assert len(ax.collections) == 2
-    plt.close(fig)
 
 
 def test_draw_methods_has_a_colour_per_method_and_the_limit():
-    points = pd.DataFrame(
-        [
-            ("threshold", "ours", True, 0.001, 0.002, 0.4),
-            ("threshold", "ours", True, 0.004, 0.002, 0.3),
-            ("DyMU", "peer", False, 0.01, 0.003, 0.5),
-        ],
-        columns=["method", "kind", "searched", "top1_drop", "top1_drop_sem", "macs_ratio"],
-    )
-    fig, ax = plt.subplots()
-    draw_methods(ax, points, "macs_ratio")
+    columns = ["method", "kind", "searched", "top1_drop", "top1_drop_sem", "macs_ratio"]
+    ours = [("threshold", "ours", True, drop, 0.002, macs) for drop, macs in ((0.001, 0.4), (0.004, 0.3))]
+    _, ax = plt.subplots()
+    draw_methods(ax, pd.DataFrame([*ours, ("DyMU", "peer", False, 0.01, 0.003, 0.5)], columns=columns), "macs_ratio")
     ours, other = (container.lines[0] for container in ax.containers)
     np.testing.assert_allclose(ours.get_xydata(), [[0.4, 0.1], [0.3, 0.4]])
     assert (ours.get_marker(), other.get_marker()) == ("o", "s")
     assert tuple(ours.get_color()) != tuple(other.get_color())
     assert ax.lines[-1].get_ydata()[0] == 0.5
-    plt.close(fig)

@@ -12,42 +12,36 @@ def test_merge_map_drops_the_protected_tokens():
 
 
 def test_draw_merge_map_separates_groups_and_tints_the_merged_ones():
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_merge_map(ax, np.zeros((4, 4)), np.array([[1, 1], [1, 2]]))
     image, tint = ax.images
     assert image.get_extent() == [0, 2, 2, 0]
     assert (tint.get_array()[..., 3] > 0).tolist() == [[True, True], [True, False]]
     segments = sum(len(collection.get_segments()) for collection in ax.collections)
     assert segments == 2  # one border above the odd patch, one to its left
-    plt.close(fig)
 
 
-def saved(**columns):
+def saved(n, **columns):
     row = {"height": 2, "width": 2, "source": [0, 1, 2, 2, 1], "protected": 1, "tokens": 3}
-    return pd.DataFrame(
-        [row | dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    )
+    return pd.DataFrame([row] * n).assign(**columns)
 
 
 def test_saved_maps_stand_where_their_image_and_depth_say():
     pixels = [[value] * 4 for value in (0, 51, 102, 255)]
-    table = saved(id=["b", "b", "a", "a"], blocks=[4, 0, 0, 4], pixels=pixels).assign(**{"class": list("yyxx")})
+    table = saved(4, id=["b", "b", "a", "a"], blocks=[4, 0, 0, 4], pixels=pixels, **{"class": list("yyxx")})
     fig = draw_depths(table)
     shown = [[float(ax.images[0].get_array()[0, 0]) for ax in row] for row in np.reshape(fig.axes, (2, 2))]
     assert shown == [[0.2, 0.0], [0.4, 1.0]]
     assert [ax.texts[0].get_text() for ax in fig.axes[:2]] == ["input", "after block 4"]
     assert [fig.axes[place].get_ylabel() for place in (0, 2)] == ["y", "x"]
-    plt.close(fig)
 
 
 def test_ends_have_a_row_each():
-    table = saved(end=["easiest"] * 4 + ["hardest"] * 4, pixels=[[0] * 4] * 8).assign(**{"class": list("abcdefgh")})
-    fig = draw_ends(table, 1000)
-    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == [
-        f"{name}, 3 tokens" for name in "abcdefgh"
-    ]
+    ends = ["easiest"] * 4 + ["hardest"] * 4
+    fig = draw_ends(saved(8, end=ends, pixels=[[0] * 4] * 8, **{"class": list("abcdefgh")}), 1000)
+    titles = [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes]
+    assert titles == [f"{name}, 3 tokens" for name in "abcdefgh"]
     assert [fig.axes[place].get_ylabel() for place in (0, 4)] == ["easiest of 1,000", "hardest of 1,000"]
-    plt.close(fig)
 
 
 def test_painted_merge_map_by_hand():

@@ -10,14 +10,13 @@ def test_points_and_precisions_are_drawn():
             ("threshold", "float16", 0.01, 0.1), ("threshold", "int8", 0.02, 0.05), ("ToMe", "float16", 0.03, 0.2),
         )
     ]  # fmt: skip
-    fig, axes = plt.subplots(1, 2)
+    _, axes = plt.subplots(1, 2)
     draw_answering(axes, pd.DataFrame(rows), 1.0)
     assert [text.get_text() for text in axes[1].get_legend().get_texts()] == ["threshold", "ToMe"]
     drawn = [container.lines[0].get_xydata().tolist() for container in axes[1].containers]
     assert [[0.1, 1.0]] in drawn
     assert [[0.05, 2.0]] in drawn
     assert len(drawn) == 3
-    plt.close(fig)
 
 
 def test_wrong_answers_stand_out():
@@ -25,13 +24,12 @@ def test_wrong_answers_stand_out():
         "pixels": [0] * 48, "height": 4, "width": 4, "source": [0, 0, 1, 2], "tokens": 3, "macs_ratio": 0.5,
         "questions": ["a?", "b?"], "answers": ["yes", "no"], "truth": ["yes", "yes"],
     }  # fmt: skip
-    fig, axes = plt.subplots(1, 2)
+    _, axes = plt.subplots(1, 2)
     draw_answered(axes, pd.DataFrame([row, row]))
     colors = {text.get_text(): text.get_color() for text in axes[1].texts}
     assert colors == {"yes": "0.1", "no": "#D50000"}
     assert [text.get_text() for text in axes[0].texts] == ["a?", "yes", "b?", "no"]
     assert axes[0].get_title(loc="left") + axes[0].get_title() == "3 tokens, MACs 0.50"
-    plt.close(fig)
 
 
 def test_what_a_scene_takes_is_a_line_per_point():
@@ -39,10 +37,9 @@ def test_what_a_scene_takes_is_a_line_per_point():
         {"photos": [1, 2, 1, 2, 1, 2], "tokens": [3, 5, 7, 9, 4, 4], "macs": [1e6, 2e6, 3e6, 4e6, 5e6, 5e6],
          "method": ["threshold"] * 4 + ["one threshold"] * 2, "point": [0, 0, 1, 1, 2, 2]}
     )  # fmt: skip
-    fig, axes = plt.subplots(1, 2)
+    _, axes = plt.subplots(1, 2)
     draw_per_photo(axes, table)
     assert [line.get_ydata().tolist() for line in axes[0].lines] == [[3, 5], [7, 9], [4, 4]]
     assert [line.get_ydata().tolist() for line in axes[1].lines] == [[1, 2], [3, 4], [5, 5]]
     assert [line.get_linestyle() for line in axes[0].lines] == ["-", "-", "--"], "one threshold is none of ours"
     assert len(axes[1].get_legend().get_texts()) == 2
-    plt.close(fig)

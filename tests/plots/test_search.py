@@ -10,7 +10,7 @@ COLUMNS = ["kl", "macs_ratio", "bytes_ratio"]
 def test_draw_front_shows_three_projections_with_the_grids():
     trials = pd.DataFrame([[0.05, 0.5, 0.3], [0.02, 0.7, 0.6], [0.09, 0.9, 0.8]], columns=COLUMNS)
     grids = pd.DataFrame([[0.03, 0.8, 0.7], [0.06, 0.6, 0.5]], columns=COLUMNS).assign(method="uniform")
-    fig, axes = plt.subplots(1, 3)
+    _, axes = plt.subplots(1, 3)
     draw_front(axes, trials, trials[:2], grids, "kl", worst=0.1)
     tried, front = axes[1].collections
     assert tried.get_offsets().tolist() == trials[["bytes_ratio", "kl"]].to_numpy().tolist()
@@ -18,18 +18,16 @@ def test_draw_front_shows_three_projections_with_the_grids():
     assert axes[0].lines[0].get_xdata().tolist() == [0.6, 0.8], "a grid is joined in order of MACs"
     assert axes[0].get_ylim() == (0, 0.1)
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["trials", "one threshold", "Pareto front"]
-    plt.close(fig)
 
 
 def test_draw_profile_has_a_line_per_point():
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_profile(ax, pd.DataFrame({"label": ["a", "b"], "thresholds": [[0.9, 0.8, 1.0], [0.7, -1.0, 0.5]]}))
     bottom = pytest.approx(0.4)
     lines = [list(line.get_ydata()) for line in ax.lines]
     assert lines == [[0.9, 0.8, 1.0], [], [0.7, bottom, 0.5], [bottom]], "where all merges, a mark below the others"
     assert list(ax.lines[3].get_xdata()) == [1]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-    plt.close(fig)
 
 
 def test_draw_hypervolume_shows_what_is_missing_to_the_median_over_seeds():
@@ -37,8 +35,7 @@ def test_draw_hypervolume_shows_what_is_missing_to_the_median_over_seeds():
         [("ax", seed, n, 0.1 * seed + 0.2 * n) for seed in (0, 1, 2) for n in (1, 2)] + [("sobol", 0, 1, 0.4)],
         columns=["method", "seed", "evaluation", "fraction"],
     )
-    fig, ax = plt.subplots()
+    _, ax = plt.subplots()
     draw_hypervolume(ax, traces)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["sobol", "ax"]
     np.testing.assert_allclose(ax.lines[1].get_ydata(), [70, 50])
-    plt.close(fig)

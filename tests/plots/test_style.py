@@ -9,7 +9,6 @@ def test_saved_figures_are_the_same_bytes_at_every_run(tmp_path):
         ax.plot([0, 1], [0, 1], label="x")
         ax.legend()
         save_figure(fig, tmp_path / run)
-        plt.close(fig)
     for suffix in (".svg", ".png"):
         first, second = ((tmp_path / f"{run}{suffix}").read_bytes() for run in ("a", "b"))
         assert first == second

@@ -1,11 +1,10 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import tokmerge
 import torch
+from conftest import save_inputs
 from tokmerge.data import scenes
 from tokmerge.data.registry import load_images
 from tokmerge.evaluation.inputs import open_inputs
@@ -19,40 +18,32 @@ TRAINING = {"steps": 2, "batch_size": 8, "lr": 1e-3, "n_check": 8, "width": 16}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """What 10_inputs writes, for the photos that ship."""
-    folder = tmp_path_factory.mktemp("inputs")
-    ids = {split: load_images("sample", split).ids for split in ("train", "test")}
-    rows = [("search", identifier) for identifier in ids["train"][:100]]
-    rows += [("test", identifier) for identifier in ids["test"][:48]]
-    pd.DataFrame(rows, columns=["split", "id"]).to_parquet(folder / "splits.parquet")
-    params = {"dataset": "sample", "data_path": None, "search_source": "train", "test_source": "test",
-              "model_name": "fashion-vit", "checkpoint": None}  # fmt: skip
-    (folder / "inputs.json").write_text(json.dumps({"params": params}))
-    return open_inputs(folder, "cpu")
+    ids = {"search": load_images("sample", "train").ids[:100], "test": load_images("sample", "test").ids[:48]}
+    return open_inputs(save_inputs(tmp_path_factory.mktemp("inputs"), ids), "cpu")
 
 
-class Always(torch.nn.Module):
-    """A judge that sees the same class everywhere."""
+class ByRule(torch.nn.Linear):
+    """A judge that needs no weights, and has some as every judge."""
 
-    def __init__(self):
-        super().__init__()
-        self.scores = torch.nn.Parameter(torch.eye(10)[3])
+    def __init__(self, rule):
+        super().__init__(1, 1)
+        self.rule = rule
 
     def forward(self, images):
-        return self.scores.expand(len(images), -1)
+        return torch.eye(10)[self.rule(images)]
 
 
 @pytest.fixture(scope="module")
 def target(inputs):
-    return attack.classifier_target(inputs, "train", 40, 24, batch_size=24, judge=Always())
+    always_three = ByRule(lambda images: [3] * len(images))
+    return attack.classifier_target(inputs, "train", 40, 24, batch_size=24, judge=always_three)
 
 
 def test_public_images_are_none_of_the_others(target, inputs):
     taken = inputs.batch("search").images
     taken = attack.unnormalise(taken, *attack.normalisation(inputs.model)).flatten(1)
     assert len(taken) == 100
-    distance = torch.cdist(target.public.flatten(1).double(), taken.double())
-    assert distance.min() > 0
+    assert torch.cdist(target.public.flatten(1).double(), taken.double()).min() > 0
     with pytest.raises(ValueError, match="train, has 156 images besides search and test, not 157"):
         attack.public_images(inputs, "train", 157)
 
@@ -129,16 +120,7 @@ def test_scene_hits_are_of_the_cells_that_show_something():
     images[0, :, :28, :28] = 0.3  # names itself 3
     images[0, :, 28:56, 28:56] = 0.4  # names itself 4
     images[1, :, 56:, 56:] = 0.2
-
-    class Brightness(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.classes = torch.nn.Parameter(torch.eye(10))
-
-        def forward(self, cells):
-            return self.classes[(cells.mean((1, 2, 3)) * 10).round().long()]
-
-    hits = attack.scene_hits(Brightness(), kinds)
+    hits = attack.scene_hits(ByRule(lambda cells: (cells.mean((1, 2, 3)) * 10).round().long()), kinds)
     assert hits(images).tolist() == [0.5, 1.0]
     assert hits(images[:1]).tolist() == [0.5]
     assert scenes.PHOTO == 28

@@ -54,10 +54,7 @@ def test_every_similarity_is_perfect_for_a_copy_and_falls_with_noise(images, noi
 
 
 def test_feature_distance_is_one_minus_cosine(images, noisy):
-    def flatten(part):
-        return part.flatten(1)
-
-    found = leakage.feature_distance(flatten, images, noisy, batch_size=16)
+    found = leakage.feature_distance(lambda part: part.flatten(1), images, noisy, batch_size=16)
     a, b = images.flatten(1).numpy(), noisy.flatten(1).numpy()
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     np.testing.assert_allclose(found, 1 - cosine, atol=1e-5)
