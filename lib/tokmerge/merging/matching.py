@@ -5,7 +5,7 @@ Bipartite matching follows ToMe (Bolya et al., 2210.09461, section 3), written a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -100,7 +100,7 @@ def matching_features(kind: str, x: Tensor, keys: Tensor) -> Tensor:
     (T, H, d) over heads, as ToMe has it. In float32 at least: 16 bits cannot tell close similarities apart.
     """
     # The mean over heads, up to its length, which normalising removes.
-    features = widen(x) if kind == "tokens" else reduce(torch.add, widen(keys).unbind(1))
+    features = widen(x) if kind == "tokens" else widen(keys).sum(1)
     return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-12)
 
 
