@@ -45,16 +45,24 @@ def touchy(configuration):
 DEADLY = 0.55
 
 
+def _first_to(marker):
+    """Whether this is the one process that makes a file."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def mortal(log, die_at, configuration):
-    """Notes every evaluation it ends; the process that begins number ``die_at`` kills itself, once.
+    """Notes every evaluation it ends; the first process that begins one after ``die_at`` have ended kills itself, once.
 
     A first threshold of ``DEADLY`` kills it every time.
     """
     log = Path(log)
     done = len(log.read_text().splitlines()) if log.exists() else 0
     marker = log.with_name(log.name + ".died")
-    if configuration.policy.thresholds[0] == DEADLY or (done == die_at and not marker.exists()):
-        marker.touch()
+    if configuration.policy.thresholds[0] == DEADLY or (done >= die_at and _first_to(marker)):
         os.kill(os.getpid(), signal.SIGKILL)
     result = measure(configuration)
     with log.open("a") as lines:
