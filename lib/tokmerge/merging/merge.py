@@ -42,31 +42,27 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
     row = alive.cumsum(0) - 1
 
     def shares(weight: Tensor) -> tuple[Any, Any, Any]:
-        """(T,) weights added up in rows that receive; what part of that is a receiving row's own, and a sent one's."""
+        """(T,) weights added up in rows that receive; what share of that is a receiving row's own, and a sent one's."""
         own = host(weight)
         if numpy:
             total = own + np.bincount(into, own[gone], len(own)).astype(own.dtype)
         else:
             total = own.index_add(0, into, own[gone])
-        return total, own[into] / total[into], own[gone] / total[into]
+        parts = own[into] / total[into], own[gone] / total[into]
+        return total, *(torch.as_tensor(part)[:, None] for part in parts)
 
-    total, kept_share, sent_share = shares(tokens.full_sizes)
-    new_sizes = torch.as_tensor(total[kept])
-    if weights is not None:
-        _, kept_share, sent_share = shares(weights)
     rows, to = torch.as_tensor(kept), torch.as_tensor(row[into])
-    kept_part, sent_part = (torch.as_tensor(share)[:, None] for share in (kept_share, sent_share))
+    total, *by_size = shares(tokens.full_sizes)
+    new_sizes = torch.as_tensor(total[kept])
 
-    def average(values: Tensor, kept_part: Tensor, sent_part: Tensor) -> Tensor:
+    def average(values: Tensor, own_share: Tensor, sent_share: Tensor) -> Tensor:
         """Weighted means of (T, ...) values in the rows that are kept."""
         out = widen(values.index_select(0, rows))
-        out.index_copy_(0, to, widen(values.index_select(0, dst)) * kept_part)
-        return out.index_add_(0, to, widen(values.index_select(0, src)) * sent_part)
+        out.index_copy_(0, to, widen(values.index_select(0, dst)) * own_share)
+        return out.index_add_(0, to, widen(values.index_select(0, src)) * sent_share)
 
-    merged = average(x, kept_part, sent_part)
-    if place is not None:
-        by_size = shares(tokens.full_sizes)[1:] if weights is not None else (kept_share, sent_share)
-        place = average(place, *(torch.as_tensor(share)[:, None] for share in by_size))
+    merged = average(x, *(by_size if weights is None else shares(weights)[1:]))
+    place = None if place is None else average(place, *by_size)
     if keep_norm:
         norms = widen(x).norm(dim=1)
         target = norms.scatter_reduce(0, dst, norms[src], "amax")[rows]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmerge import wire
-from tokmerge.merging.matching import NEEDS, Policy, widen
+from tokmerge.merging.matching import Policy, widen
 from tokmerge.merging.merge import unmerge_tokens
 from tokmerge.merging.packed import Packed
 from tokmerge.models.cost import ViTCost
@@ -85,8 +85,7 @@ class MergedClassifier(MergedTransformer):
         protected: int,
     ) -> None:  # fmt: skip
         super().__init__(model, policy, depth, protected)
-        given = NEEDS if self.has_class_token else [need for need in NEEDS if need != "class token"]
-        check_policy("policy", policy, depth, given)
+        check_policy("policy", policy, depth, self.has_class_token)
         if precision not in wire.PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(wire.PRECISIONS)}")
         self.precision, self.split_layer = precision, depth if split_layer is None else split_layer

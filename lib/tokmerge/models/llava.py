@@ -270,7 +270,7 @@ def patch(
     for (name, known), value in zip(options.items(), (cut, positions, precision, weights), strict=True):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-    check_policy("output_policy", output_policy, 1, ["places"])
+    check_policy("output_policy", output_policy, 1, has_class_token=False)
     if output_policy is not None and cut == "tower":
         raise ValueError("cut='tower' sends tokens before the projector: merging its output needs cut='projector'")
     if cut == "cheaper":

@@ -12,7 +12,7 @@ own, is refused.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -124,16 +124,16 @@ class MergedTransformer(MergedModel, ABC):
         return merge.step(tokens, self.policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv)
 
 
-def check_policy(name: str, policy: Policy | None, depth: int, given: Collection[str]) -> None:
-    """Raise TypeError if it is no policy, ValueError if it does not fit the layers or what the model can give it."""
+def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool) -> None:
+    """Raise TypeError if it is no policy, ValueError if it does not fit the layers or needs what the model lacks."""
     if policy is None:
         return
     if isinstance(policy, type) or not isinstance(policy, Policy):
         what = f"the class {policy.__name__}" if isinstance(policy, type) else f"a {type(policy).__name__}"
         raise TypeError(f"{name} is {what}: use a policy such as tokmerge.Threshold(0.9), or None")
     policy.check(depth)
-    if lacking := [need for need in needed_by(policy) if need not in given]:
-        raise ValueError(f"{name}: {type(policy).__name__} needs a model that gives it: {', '.join(lacking)}")
+    if "class token" in needed_by(policy) and not has_class_token:
+        raise ValueError(f"{name}: {type(policy).__name__} needs a model that gives it: class token")
 
 
 def digest_weights(model: nn.Module) -> str:

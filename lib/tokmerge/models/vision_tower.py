@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokmerge.io.extras import extra
-from tokmerge.merging.matching import NEEDS, Policy
+from tokmerge.merging.matching import Policy
 from tokmerge.merging.packed import Packed, attend
 from tokmerge.models.cost import ViTCost, linear_macs
 from tokmerge.models.merged import MergedTransformer, check_policy
@@ -145,7 +145,7 @@ def patch_tower(tower: nn.Module, policy: Policy | None, *, layer: int = -2, ski
     depth = layer % states
     if depth == 0:
         raise ValueError(f"hidden state {layer} comes before the first layer: nothing can merge there")
-    check_policy("policy", policy, depth, NEEDS if class_tokens else [need for need in NEEDS if need != "class token"])
+    check_policy("policy", policy, depth, class_tokens > 0)
     return MergedTower(tower, policy, depth, class_tokens if skip is None else skip)  # type: ignore[arg-type]
 
 
