@@ -16,6 +16,10 @@ from torch.nn import functional as F
 Item = TypeVar("Item")
 
 
+# Models are trained on the first, trials measured on the second, points chosen on the third; the last is met once.
+SPLITS = ("train", "search", "select", "test")
+
+
 class DataError(ValueError):
     """A data set is missing, damaged or not what it should be."""
 
@@ -152,6 +156,21 @@ def search_split(labels: Sequence[int] | np.ndarray | Tensor, n: int, seed: int)
     parts = [rng.permutation(np.flatnonzero(labels == c))[:t] for c, t in zip(classes, take, strict=True)]
     search = np.sort(np.concatenate(parts))
     return search, np.setdiff1d(np.arange(len(labels)), search)
+
+
+def divide(labels: Sequence[int] | np.ndarray, n_search: int, n_select: int, seed: int) -> dict[str, np.ndarray]:
+    """Cut a training set with (N,) labels into "train", "search" and "select": sorted indices, disjoint, together all.
+
+    The same images are held back for the last two, whatever either's share of them. ValueError as of `search_split`.
+
+    >>> {name: len(part) for name, part in divide([0, 1] * 10, 2, 4, seed=0).items()}
+    {'train': 14, 'search': 2, 'select': 4}
+    """
+    held, train = search_split(labels, n_search + n_select, seed)
+    search, select = np.arange(n_search), np.arange(0)
+    if n_select:
+        search, select = search_split(np.asarray(labels)[held], n_search, seed)
+    return {"train": train, "search": held[search], "select": held[select]}
 
 
 def open_rgb(file: str | Path | io.BytesIO, name: str) -> Image.Image:

@@ -150,7 +150,7 @@ def task_splits(name: str, n_search: int, n_test: int, **where: Any) -> tuple[Qu
     made = tiny_llava.llava_card(name)["params"]
     if n_search > made["n_search"]:
         raise ValueError(f"n_search is {n_search}, but the training of {name} held {made['n_search']} images back")
-    if name == "easy-vqa-llava":
+    if name.startswith("easy-vqa"):
         everything = load_easy_vqa("train")
         held_back, _ = questions.split_questions(everything, made["n_search"], made["seed"])
         search, test = questions.select_questions(everything, held_back), load_easy_vqa("test")
@@ -213,7 +213,7 @@ def load_task(
     """
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     if name in tiny_llava.TINY_LLAVAS:
-        where: dict[str, Any] = {} if name == "easy-vqa-llava" else {"source": photos, "data_dir": data_dir}
+        where: dict[str, Any] = {} if name.startswith("easy-vqa") else {"source": photos, "data_dir": data_dir}
         search, test = task_splits(name, n_search, n_test or 1000, **where)
         counts: dict[str, int] = {}
         if where:

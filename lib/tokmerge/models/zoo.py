@@ -1,7 +1,7 @@
-"""Vision transformers: the trained one that ships with the package, and any timm checkpoint.
+"""Vision transformers: the trained ones that ship with the package, and any timm checkpoint.
 
-The shipped model has the token geometry of DeiT at 224/16 on a small canvas: 28x28 input, 14x14 = 196
-patches + CLS = 197 tokens, depth 12, built from timm's VisionTransformer. Its patch embedding is a
+The shipped models, of one architecture, have the token geometry of DeiT at 224/16 on a small canvas: 28x28 input,
+14x14 = 196 patches + CLS = 197 tokens, depth 12, built from timm's VisionTransformer. Its patch embedding is a
 three-convolution stem (Xiao et al., "Early convolutions help transformers see better", 2106.14881).
 """
 
@@ -21,7 +21,9 @@ from torch import nn
 
 from tokmerge.io import paths, store
 
-FASHION_VIT = "fashion-vit"
+FASHION_VIT, FASHION_VIT_FULL = "fashion-vit", "fashion-vit-full"
+# Their files. The first met pooled and partial token grids in its training, the second went on for epochs on full ones.
+SHIPPED = {FASHION_VIT: "fashion_vit_taught", FASHION_VIT_FULL: "fashion_vit"}
 # Mean and standard deviation of the 60,000 training photos' pixels, in [0, 1].
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
 
@@ -54,7 +56,7 @@ def load_model(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -
     """A model ready to evaluate.
 
     Args:
-        name: ``"fashion-vit"`` (ships with the package) or any name timm knows.
+        name: one of `SHIPPED`, or any name timm knows.
         checkpoint: local weights file; without it the shipped weights or timm's pretrained ones.
         **kwargs: passed to ``timm.create_model``.
 
@@ -64,22 +66,22 @@ def load_model(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -
     """
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} of model {name!r} does not exist")
-    if name == FASHION_VIT:
+    if name in SHIPPED:
         model: nn.Module = build_fashion_vit()
-        weights = Path(checkpoint or paths.ASSETS / "train_vit" / "fashion_vit.safetensors")
-        load_weights(model, weights, vit_card()["sha256"] if checkpoint is None else None)
+        weights = Path(checkpoint or paths.ASSETS / "train_vit" / f"{SHIPPED[name]}.safetensors")
+        load_weights(model, weights, vit_card(name)["sha256"] if checkpoint is None else None)
     elif not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
-        known = f"{FASHION_VIT!r} or a timm name" + (f" such as {close}" if close else "")
+        known = ", ".join(map(repr, SHIPPED)) + " or a timm name" + (f" such as {close}" if close else "")
         raise ValueError(f"unknown model {name!r}: use {known}")
     else:
         model = timm.create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **kwargs)
     return model.eval()
 
 
-def vit_card() -> dict[str, Any]:
-    """The shipped model's card: data, split, recipe, seed, accuracy, sha256 of its weights."""
-    return store.load_json(paths.ASSETS / "train_vit" / "fashion_vit.json")
+def vit_card(name: str = FASHION_VIT) -> dict[str, Any]:
+    """A shipped model's card: data, split, recipe, seed, accuracy, sha256 of its weights."""
+    return store.load_json(paths.ASSETS / "train_vit" / f"{SHIPPED[name]}.json")
 
 
 def transform(model: nn.Module) -> Callable[[Any], torch.Tensor]:
