@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from tokmerge.channel.comparison import options
 from tokmerge.channel.schemes import Member, Slot
-from tokmerge.channel.transmission import Link, Sent
+from tokmerge.channel.transmission import Link, Sent, SentPayloads
 from tokmerge.io import store
 
 LOOKUP_VERSION = 1
@@ -85,6 +85,7 @@ class Lookup:
 
 def latency_s(sent: Sent, slot: Slot, link: Link, cap: int) -> Tensor:
     """(B,) seconds from image to answer: computing, and the channel uses really taken."""
+    assert isinstance(sent, SentPayloads)
     used = link.used(sent.n_bytes, slot.uses_for(sent), cap)
     return slot.computing_s(sent) + used.double() / slot.symbols_per_s
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokmerge.channel.analog import LearnedCodec, LinearCodec, SentAnalog, size_weight, to_features
 from tokmerge.channel.segmentation import LINK_CHUNK, Segmentation
-from tokmerge.channel.transmission import Link, Sent, SentTokens, Uses, send_image_tokens
+from tokmerge.channel.transmission import Link, Sent, SentPayloads, SentTokens, Uses, send_image_tokens
 from tokmerge.data.image_sets import Batch, ImageSet
 from tokmerge.evaluation import image_codecs
 from tokmerge.merging.calibration import Calibration
@@ -49,7 +49,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class SentFiles(Sent):
+class SentFiles(SentPayloads):
     """Image files, which are of use only as a whole.
 
     Attributes:

@@ -1,5 +1,6 @@
 """Payloads over a link, many at once: what arrives, and what the server answers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,8 +65,8 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What a device sends for B images or questions. Each kind has a `segmentation`, and an answer to what arrives.
+class Sent(ABC):
+    """What a device sends for B images or questions.
 
     Attributes:
         edge_macs, macs: (B,) on the device and in all.
@@ -74,12 +75,29 @@ class Sent:
     edge_macs: Tensor
     macs: Tensor
 
+    @abstractmethod
+    def deliver(self, link: Link, snr_db: Decibels, uses: Uses, cap: int, generator: torch.Generator) -> Tensor:
+        """(B,) answers when each image or question has a slot of the link for itself.
+
+        Args:
+            link: the channel, and how well its code blocks get through.
+            snr_db, uses: average SNR, and channel uses of a slot.
+            cap: fastest scheme that may be used: a payload that is too long even for it is cut off.
+            generator: of gains and errors.
+        """
+
+
+@dataclass(frozen=True)
+class SentPayloads(Sent):
+    """What is sent as payloads: each kind has a `segmentation`, and an answer to what arrives."""
+
+    @abstractmethod
     def segmentation(self, info_bits: Tensor | int) -> Segmentation:
         """How the payloads lie in code blocks of so many information bits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answer(self, received: Tensor, how: str) -> Tensor:
-        raise NotImplementedError
+        """(B,) answers when (T,) tokens arrive."""
 
     @cached_property
     def n_bytes(self) -> Tensor:
@@ -102,20 +120,12 @@ class Sent:
         return self._answered[key]
 
     def deliver(self, link: Link, snr_db: Decibels, uses: Uses, cap: int, generator: torch.Generator) -> Tensor:
-        """(B,) answers when every payload has a slot of the link for itself.
-
-        Args:
-            link: the channel, and how well its code blocks get through.
-            snr_db, uses: average SNR, and channel uses of a slot.
-            cap: fastest scheme that may be used: a payload that is too long even for it is cut off.
-            generator: of gains and errors.
-        """
         info_bits, lost = link.lose_blocks(self.n_bytes, snr_db, uses, cap, generator)
         return self.answer(self.segmentation(info_bits).received(lost))
 
 
 @dataclass(frozen=True)
-class SentTokens(Sent):
+class SentTokens(SentPayloads):
     """Images of which the tokens at the split are sent, at one policy and precision; answers are classes.
 
     Attributes:

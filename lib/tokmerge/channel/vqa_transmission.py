@@ -13,7 +13,7 @@ from torch import Tensor
 from tokmerge import wire
 from tokmerge.channel.schemes import Member
 from tokmerge.channel.segmentation import LINK_CHUNK, Segmentation, travel_order
-from tokmerge.channel.transmission import Sent
+from tokmerge.channel.transmission import SentPayloads
 from tokmerge.evaluation import vqa
 from tokmerge.evaluation.vqa_objective import QuestionObjective
 from tokmerge.merging.matching import Policy
@@ -24,7 +24,7 @@ from tokmerge.models.visual_tokens import VisualTokens
 
 
 @dataclass(frozen=True)
-class SentVisualTokens(Sent):
+class SentVisualTokens(SentPayloads):
     """Questions put to a LLaVA whose visual tokens are sent; an answer is 1 where it is right: compare with ones.
 
     Attributes:
