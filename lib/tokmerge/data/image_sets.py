@@ -16,10 +16,6 @@ from torch.nn import functional as F
 Item = TypeVar("Item")
 
 
-# Models are trained on the first, trials measured on the second, points chosen on the third; the last is met once.
-SPLITS = ("train", "search", "select", "test")
-
-
 class DataError(ValueError):
     """A data set is missing, damaged or not what it should be."""
 
@@ -167,9 +163,7 @@ def divide(labels: Sequence[int] | np.ndarray, n_search: int, n_select: int, see
     {'train': 14, 'search': 2, 'select': 4}
     """
     held, train = search_split(labels, n_search + n_select, seed)
-    search, select = np.arange(n_search), np.arange(0)
-    if n_select:
-        search, select = search_split(np.asarray(labels)[held], n_search, seed)
+    search, select = search_split(np.asarray(labels)[held], n_search, seed)
     return {"train": train, "search": held[search], "select": held[select]}
 
 
