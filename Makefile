@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PROFILE ?= embedded
 STUDY ?= $(if $(filter paper,$(PROFILE)),,train_vit train_llava) \
-  search_study imagenet_study vqav2_study channel_study privacy_study
+  search_study images_study questions_study channel_study privacy_study
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready

@@ -2,10 +2,10 @@
 # all of them, runs what is left, or what failed in a lane, and fails if that fails.
 export OMP_NUM_THREADS=1
 lane() { dvc --wait-for-lock repro -s $(printf "%s@smoke " "$@"); }
-lane train_vit_chained train_llava_chained vqav2_study_chained vqav2 &
-lane inputs search merging imagenet_study_chained
+lane train_vit_chained train_llava_chained questions_study_chained questions &
+lane inputs search merging images_study_chained
 wait
 lane channel_study_chained channel search_study_chained &
-lane privacy_study_chained privacy imagenet
+lane privacy_study_chained privacy images
 wait
 dvc repro --glob '*@smoke'

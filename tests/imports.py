@@ -43,8 +43,8 @@ def imports(source: str) -> set[str]:
             named |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             named |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Attribute):
-            named.add(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", dotted := ast.unparse(node)):
+            named.add(dotted)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "import_module"):
             named |= looked_up(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:

@@ -49,7 +49,10 @@ def threshold_choice(thresholds):
 
 
 def top_r_choice(r):
-    return lambda layer: {"pairs": largest(layer.matches, r[layer.index])}
+    """The r best pairs, as many as half of the unprotected tokens at most."""
+    return lambda layer: {
+        "pairs": largest(layer.matches, min(r[layer.index], (len(layer.sizes) - layer.protected) // 2))
+    }
 
 
 def combine(tokens, sizes, groups, pairs, dropped=(), weights=None, keep_norm=False):

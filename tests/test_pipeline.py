@@ -19,11 +19,11 @@ STAGES = {
 }
 every_stage = pytest.mark.parametrize(("profile", "stage"), STAGES.values(), ids=STAGES)
 TRAINING = ("train_vit", "train_llava")
-STUDIES = ("search_study", "imagenet_study", "vqav2_study", "channel_study", "privacy_study")
+STUDIES = ("search_study", "images_study", "questions_study", "channel_study", "privacy_study")
 # Imports go down only: from a floor to lower ones, never along it.
 FLOORS = [
     ("io", "wire"),
-    ("data", "merging", "plots", "preflight", "verify"),
+    ("claims", "data", "merging", "plots", "preflight", "verify"),
     ("models",),
     ("evaluation",),
     ("channel", "privacy", "search"),
@@ -148,7 +148,7 @@ def test_imports_of_every_kind_are_seen():
 def test_tests_mirror_the_library():
     tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     tested = {".".join((*path.parts[:-1], path.stem.removeprefix("test_"))) for path in tests}
-    house = {"contributing", "install", "names", "params", "pipeline", "site"}
+    house = {"contributing", "install", "names", "params", "pipeline", "prose", "site"}
     outside = {name for name in tested if name.startswith("browser.")} | house
     assert tested - outside <= set(MODULES), "a test file without its module"
     assert house <= tested

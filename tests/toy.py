@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokmerge.search.space import threshold_space
+from tokmerge.merging.policies import Threshold
+from tokmerge.search.space import policy_space
 
 REFERENCE = (0.1, 1.0, 1.0)
-SPACE = threshold_space("cosine", depth=2)
+SPACE = policy_space(2, {"tau": (0.5, 1.0)}, lambda tau: Threshold(tau), None)
 
 
 def measure(configuration):

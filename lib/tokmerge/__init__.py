@@ -17,7 +17,7 @@ _HOME = {
     "merging.matching": ("Policy",),
     "merging.peers": ("AdaMerge", "AttentionPruning", "RandomMerging", "RandomPruning", "StaticRates", "ToFu"),
     "merging.policies": ("PiToMe", "Threshold", "TopR"),
-    "merging.thresholds": ("CappedThreshold", "LocalThreshold", "RelativeThreshold"),
+    "merging.thresholds": ("CappedThreshold", "ConfidenceThreshold", "LocalThreshold", "RelativeThreshold"),
     "models.classifier": ("MergedClassifier", "Record", "unmerge"),
     "models.vit": ("patch", "unpatch"),
 }

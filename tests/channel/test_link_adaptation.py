@@ -20,7 +20,7 @@ def table():
     return compute_lookup(members, LINK, SNRS, [Slot(1500, 0.2, **SPEEDS), SLOT], LABELS)
 
 
-def test_the_table_names_what_gets_most_search_images_right(table):
+def test_the_table_names_what_gets_most_select_images_right(table):
     # 1500 bytes need 8 bits per use in 1500 uses (never) and 2 in 6000; 100 bytes get through almost anywhere.
     named = {(one.uses, one.snr_db): table.members[one.member][0] for one in table.choices}
     assert {named[1500, snr] for snr in SNRS} == {"short"}
@@ -83,3 +83,14 @@ def test_following_the_table_is_each_slots_own_choice(table):
     assert long.tolist() == [bool(i % 2) for i in range(40)]
     deceived, _ = link_adaptation.follow_trace(table, senders, LINK, snrs, snrs[::-1].copy(), SLOT, LABELS, 0)
     assert deceived.sum() < right.sum()
+
+
+def test_pilots_tell_the_snr_without_bias_and_the_better_the_more_they_are():
+    snrs, spread = np.full(20_000, 3.0), {}
+    for pilots in (2, 16):
+        heard = 10 ** (link_adaptation.estimate_snr(snrs, pilots, torch.Generator().manual_seed(0)) / 10)
+        assert heard.mean() == pytest.approx(10**0.3, rel=0.03)
+        spread[pilots] = heard.std()
+    # |h + e|^2 of an error e of variance 1 / P varies by 2 SNR / P + 1 / P^2.
+    assert spread[16] == pytest.approx((2 * 10**0.3 / 16 + 1 / 256) ** 0.5, rel=0.05)
+    assert spread[2] > 2 * spread[16]

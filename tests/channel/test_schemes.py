@@ -48,19 +48,19 @@ def test_thinning_out_leaves_the_staircase_evenly_spread():
     assert thin_out(table[:1], 3).tokens.tolist() == [10]
 
 
-def test_members_know_search_images_alone(batch):
+def test_members_know_select_images_alone(batch):
     test = batch._replace(images=batch.images.flip(0) * 2)
     members = token_members("adaptive", "0.6", build(), Threshold(0.6), 2, batch, test, ["int4", "float32"])
     assert [(one.family, one.precision, one.sending) for one in members] == [
         ("adaptive", "int4", "cut off"), ("adaptive", "float32", "cut off")]  # fmt: skip
     for one in members:
-        assert torch.equal(one.search.server.prototype, one.test.server.prototype)
-        assert not torch.equal(one.search.tokens.x, one.test.tokens.x)
+        assert torch.equal(one.select.server.prototype, one.test.server.prototype)
+        assert not torch.equal(one.select.tokens.x, one.test.tokens.x)
     made = analog_member("analog", members[1])
     assert made.sending == "analog"
-    assert isinstance(made.search.codec, LinearCodec)
-    assert made.search.codec is made.test.codec
-    assert torch.allclose(made.search.codec.mean[:48], members[1].search.tokens.x.mean(0), atol=1e-5)
+    assert isinstance(made.select.codec, LinearCodec)
+    assert made.select.codec is made.test.codec
+    assert torch.allclose(made.select.codec.mean[:48], members[1].select.tokens.x.mean(0), atol=1e-5)
 
 
 def test_files_are_classified_as_the_server_sees_them():

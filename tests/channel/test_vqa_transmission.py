@@ -13,7 +13,7 @@ from tokmerge.models import tiny_llava
 @pytest.fixture(scope="module")
 def few():
     model, processor = tiny_llava.load_tiny_llava("easy-vqa-llava")
-    search, _ = vqa_objective.task_splits("easy-vqa-llava", 2, 2)
+    search, *_ = vqa_objective.task_splits("easy-vqa-llava", 2, 1, 2)
     return QuestionObjective(model, processor, search, tiny_llava.TINY_TEMPLATE, batch_size=12)
 
 
@@ -55,5 +55,5 @@ def test_members_are_unmerged_cut_off_and_adaptive(few):
     members = question_members(few, few, {"all": Threshold([0.5] * few.depth)}, "int4")
     assert [(one.family, one.sending) for one in members] == [
         ("unmerged", "whole"), ("cut off", "cut off"), ("adaptive", "cut off")]  # fmt: skip
-    assert members[2].search.layout.lengths.sum() < members[0].search.layout.lengths.sum()
-    assert (members[2].search.edge_macs < members[0].search.edge_macs).all()
+    assert members[2].select.layout.lengths.sum() < members[0].select.layout.lengths.sum()
+    assert (members[2].select.edge_macs < members[0].select.edge_macs).all()

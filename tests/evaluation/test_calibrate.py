@@ -18,23 +18,28 @@ def test_similarity_statistics_by_loops(model, images, batches, policy):
     for image in images:
         reference.run(model, image, decide, "keys")
     for layer, per_image in enumerate(found):
-        assert means[layer] == pytest.approx(np.mean(per_image), abs=1e-5)
-        assert deviations[layer] == pytest.approx(np.std(per_image, ddof=1), abs=1e-5)
+        assert means[layer] == pytest.approx(np.mean(per_image), abs=6e-5)
+        assert deviations[layer] == pytest.approx(np.std(per_image, ddof=1), abs=6e-5)
 
 
-def test_thresholds_reach_the_mean_rates(model, images, batches):
+def test_thresholds_reach_the_mean_rates(model, batch):
     wanted = [4.2, 0.0, 7.0, 1.4]
-    policy = thresholds_for_rates(model, batches, wanted)
+    policy = thresholds_for_rates(model, [batch], wanted)
     assert policy.thresholds[1] == 1.0
-    tokens = tokmerge.patch(model, policy)(images)[1].tokens
+    tokens = tokmerge.patch(model, policy)(batch.images)[1].tokens
     assert (-tokens.diff(dim=1)).float().mean(0).tolist() == pytest.approx(wanted)
     assert len(set(tokens[:, -1].tolist())) > 1, "every image loses what it can spare"
 
 
-def test_more_than_there_is_merges_everything(model, images, batches):
+def test_thresholds_are_means_over_batches(model, batches):
+    wanted = [4.0, 0.0, 0.0, 0.0]
+    each = [thresholds_for_rates(model, [part], wanted).thresholds[0] for part in batches]
+    assert thresholds_for_rates(model, batches, wanted).thresholds == (np.mean(each), 1.0, 1.0, 1.0)
+
+
+def test_more_than_there_is_merges_what_is_alike_at_all(model, images, batches):
     policy = thresholds_for_rates(model, batches, [0, 0, 0, 1000])
-    tokens = tokmerge.patch(model, policy)(images)[1].tokens
-    assert tokens[:, -1].tolist() == [33] * 5
+    assert policy.thresholds == (1.0, 1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="2 rates for a model of 4 blocks"):
         thresholds_for_rates(model, batches, [1, 2])
 

@@ -52,6 +52,9 @@ def test_compare_by_hand():
         # Of two equal logits the first counts as the prediction.
         "top1": np.array([1, 0]),
         "top1_drop": np.array([0, 0]),
+        "disagreement": np.array([0, 0]),
+        # The unmerged model prefers its first class by a half, and by nothing.
+        "margin_kl": kl * np.array([0.5, 1.0]) / 0.75,
         "macs_ratio": np.array([0.5, 0.7]),
         "tokens_ratio": np.array([0.5, 0.25]),
         "bytes_ratio": np.array([0.5, 0.2]),
@@ -59,6 +62,7 @@ def test_compare_by_hand():
         assert found[name] == pytest.approx(values.mean()), name
         assert found[f"{name}_sem"] == pytest.approx(values.std(ddof=1) / 2**0.5), name
     assert found["root_kl"] == pytest.approx(kl.mean() ** 0.5)
+    assert found["root_margin_kl"] == pytest.approx(found["margin_kl"] ** 0.5)
     assert found["root_kl_sem"] == pytest.approx(found["kl_sem"] / (2 * kl.mean() ** 0.5))
 
 

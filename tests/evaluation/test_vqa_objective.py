@@ -21,7 +21,7 @@ from tokmerge.models.configuration import Configuration, LlavaConfiguration
 def objective():
     """The shipped easy-VQA model on the questions about six search images."""
     model, processor = tiny_llava.load_tiny_llava("easy-vqa-llava")
-    search, _ = vqa_objective.task_splits("easy-vqa-llava", 6, 2)
+    search, *_ = vqa_objective.task_splits("easy-vqa-llava", 6, 1, 2)
     return vqa_objective.QuestionObjective(model, processor, search, template=tiny_llava.TINY_TEMPLATE, batch_size=32)
 
 
@@ -56,13 +56,22 @@ def test_compare_by_hand():
     assert {name: found[name] for name in hand} == pytest.approx(hand)
 
 
+def owners(*parts):
+    """The images of each part; none is in two of them."""
+    found = [{(part.split, question.image_id) for question in part.questions} for part in parts]
+    assert len(set.union(*found)) == sum(map(len, found))
+    return found
+
+
 def test_splits_share_no_image_with_training():
-    search, test = vqa_objective.task_splits("easy-vqa-llava", 5, 3)
-    assert (search.split, test.split) == ("train", "test")
-    assert len({q.image_id for q in search.questions}) == 5
-    assert len({q.image_id for q in test.questions}) == 3
-    with pytest.raises(ValueError, match="held 400 images back"):
-        vqa_objective.task_splits("easy-vqa-llava", 401, 1)
+    parts = vqa_objective.task_splits("easy-vqa-llava", 5, 4, 3)
+    assert [part.split for part in parts] == ["train", "train", "test"]
+    assert [len(images) for images in owners(*parts)] == [5, 4, 3]
+    with pytest.raises(ValueError, match="the training of easy-vqa-llava held 400 back"):
+        vqa_objective.task_splits("easy-vqa-llava", 300, 101, 1)
+    parts = vqa_objective.task_splits("scenes-llava", 5, 4, 3, source="sample")
+    assert [part.split for part in parts] == ["search", "select", "test"]
+    assert [len(images) for images in owners(*parts)] == [5, 4, 3]
 
 
 TEXTS = ["is it red", "how many", "what is it", "where is he"]
@@ -84,14 +93,14 @@ def folder(tmp_path_factory):
 
 def load(folder, n_test=None, **options):
     where = {"source": "vqav2", "path": str(folder / "vqav2")}
-    return vqa_objective.load_task(str(folder / "tiny-llava"), 2, n_test, **where, **options)
+    return vqa_objective.load_task(str(folder / "tiny-llava"), 1, 1, n_test, **where, **options)
 
 
 def test_a_model_and_vqav2_from_local_folders(folder):
     task = load(folder)
-    assert (task.name, task.test.name, len(task.search), len(task.test)) == ("tiny-llava", "VQAv2", 8, 16)
-    owners = [{question.image_id for question in part.questions} for part in (task.search, task.test)]
-    assert not owners[0] & owners[1]
+    assert (task.name, task.test.name) == ("tiny-llava", "VQAv2")
+    assert [len(part) for part in (task.search, task.select, task.test)] == [4, 4, 16]
+    assert [len(images) for images in owners(task.search, task.select, task.test)] == [1, 1, 4]
     assert not task.model.training
     assert load(folder, 3).test.questions == task.test.questions[:12]
 
@@ -100,7 +109,7 @@ def test_a_model_and_vqav2_from_local_folders(folder):
 def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
     options = {"batch_size": 3, "max_new_tokens": 3}
     where = {"source": "vqav2", "path": str(folder / "vqav2")}
-    make = partial(vqa_objective.load_task, str(folder / "tiny-llava"), 2, None, **where, **options)
+    make = partial(vqa_objective.load_task, str(folder / "tiny-llava"), 1, 1, None, **where, **options)
     task, point = make(), LlavaConfiguration(TopR(5), positions="first", weights="size")
     merged = llava.patch(task.model, TopR(5), positions="first", weights="size")
     whole = vqa.answer_questions(merged, task.processor, task.test, template=vqa.LLAVA_TEMPLATE, **options)
@@ -110,14 +119,14 @@ def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
 
 def test_a_model_without_questions_is_named(folder):
     with pytest.raises(DataError, match="tiny-llava brings no questions"):
-        vqa_objective.load_task(str(folder / "tiny-llava"), 2, 2)
+        vqa_objective.load_task(str(folder / "tiny-llava"), 1, 1, 2)
     with pytest.raises(ValueError, match="no LLaVA model 'nowhere'"):
-        vqa_objective.load_task("nowhere", 2, 2, source="vqav2", path=str(folder / "vqav2"))
+        vqa_objective.load_task("nowhere", 1, 1, 2, source="vqav2", path=str(folder / "vqav2"))
 
 
 def test_shipped_models_bring_their_questions():
-    task = vqa_objective.load_task("scenes-llava", 3, 2, photos="sample")
-    assert (task.search.split, task.test.split) == ("search", "test")
+    task = vqa_objective.load_task("scenes-llava", 3, 2, 2, photos="sample")
+    assert (task.search.split, task.select.split, task.test.split) == ("search", "select", "test")
     assert len(task.test) == 12
     assert task.options["template"] == "<image> {question}"
     assert task.model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ from tokmerge import (
     AdaMerge,
     AttentionPruning,
     CappedThreshold,
+    ConfidenceThreshold,
     LocalThreshold,
     PiToMe,
     RandomMerging,
@@ -28,6 +29,7 @@ from tokmerge.merging.peers import OutlierMerging
 
 POLICIES = [
     Threshold(0.2), Threshold(0.2, "keys"), CappedThreshold(0.1, 2), RelativeThreshold(-0.5), LocalThreshold(0.0, 2),
+    ConfidenceThreshold(0.0, 0.5, 2.0),
     TopR(3), TopR(3, "tokens"), PiToMe(3), ToFu(3), AdaMerge(4, [0.1], [0.2]), AttentionPruning(3), StaticRates(2, 2),
     RandomMerging(3), RandomPruning(3), OutlierMerging(0),
 ]  # fmt: skip
@@ -44,7 +46,8 @@ def batch(lengths, dtype, seed):
 
 
 def step(policy, tokens, qkv):
-    return merge.step(tokens, policy, layer=0, depth=1, protected=1, qkv=qkv)
+    read_out = lambda: tokens.x[tokens.layout.offsets, 0].float().sigmoid()  # noqa: E731
+    return merge.step(tokens, policy, layer=0, depth=1, protected=1, qkv=qkv, read_out=read_out)
 
 
 @settings(max_examples=150, deadline=None)

@@ -16,7 +16,7 @@ from tokmerge import Threshold, TopR
 from tokmerge.merging.matching import Context
 from tokmerge.merging.notation import policy_from_json, policy_to_json
 from tokmerge.merging.packed import Layout
-from tokmerge.merging.peers import OutlierMerging
+from tokmerge.merging.peers import DominantMerging, OutlierMerging, WindowPooling
 from tokmerge.models import vision_tower
 
 MEANS, DEVIATIONS = (0.5, 0.6, 0.4, 0.5), (0.2, 0.3, 0.1, 0.2)
@@ -34,8 +34,51 @@ def pitome(layer):
     return {"pairs": [(a, max(order[1::2], key=lambda b: cosine[a][b])) for a in order[::2]]}
 
 
+def half_pitome(layer):
+    """PiToMe whose first two of four blocks protect no token."""
+    if layer.index >= 2:
+        return pitome(layer)
+    metric, free, margin = layer.heads.mean(0), range(1, len(layer.sizes)), 0.75 * (1 - layer.index / 4)
+    cosine = torch.nn.functional.cosine_similarity(metric[:, None], metric[None], dim=2).tolist()
+    terms = {i: [cosine[i][j] - margin for j in free if j != i] for i in free}
+    energy = {i: sum(x if x > 0 else math.expm1(x) for x in values) for i, values in terms.items()}
+    order = sorted(free, key=lambda i: -energy[i])
+    pairs = {a: max((cosine[a][b], -place, b) for place, b in enumerate(order[1::2])) for a in order[::2]}
+    r = min([9, 0, 5, 100][layer.index], len(free) // 2)
+    chosen = sorted(pairs, key=lambda a: -pairs[a][0])[:r]
+    return {"pairs": [(a, pairs[a][2]) for a in chosen]}
+
+
 def tofu(layer):
     return {"pairs": reference.largest(layer.matches, [7, 0, 5, 30][layer.index]), "keep_norm": True}
+
+
+def size_aware(layer, taus=(0.9, 1.0, 0.5, -3.0)):
+    """Best matches by 1 - sqrt(harmonic mean of sizes) (1 - cosine)."""
+    metric, free, tau, pairs = layer.heads.mean(0), range(1, len(layer.sizes)), taus[layer.index], []
+    for a in free[::2] if tau < 1 else ():
+        scores = []
+        for b in free[1::2]:
+            cosine = torch.nn.functional.cosine_similarity(metric[a], metric[b], dim=0).item()
+            sizes = layer.sizes[a], layer.sizes[b]
+            scores.append((1 - math.sqrt(2 * sizes[0] * sizes[1] / sum(sizes)) * (1 - cosine), b))
+        best = max(scores, key=lambda pair: pair[0])
+        pairs += [(a, best[1])] if best[0] > tau else []
+    return {"pairs": pairs}
+
+
+def windows(layer):
+    """Groups of patches by their mean place, on the 8 x 8 grid."""
+    rows, columns = [1, 2, 1, 3][layer.index], [1, 1, 2, 3][layer.index]
+    first, pairs = {}, []
+    for token, group in enumerate(layer.groups[1:], 1):
+        places = [divmod(patch - 1, 8) for patch in group]
+        row, column = (sum(values) / len(places) for values in zip(*places, strict=True))
+        window = row // rows, column // columns
+        if window in first:
+            pairs.append((token, first[window]))
+        first.setdefault(window, token)
+    return {"pairs": pairs}
 
 
 def capped(layer):
@@ -49,13 +92,23 @@ def relative(layer):
     return {"pairs": [(a, b) for a, (c, b) in layer.matches.items() if c > level]}
 
 
+def confident(layer):
+    model = build().to(layer.heads.dtype)
+    first, second = model.forward_head(model.norm(layer.heads[0])[None])[0].softmax(0).topk(2).values.tolist()
+    factor = (0.3 + (1.6 - 0.3) * (first - second)) ** 2 if layer.index > 0 else 1.0
+    tau = 1 - (1 - [0.7, 1.0, 0.4, 0.1][layer.index]) * factor
+    return {"pairs": [(a, b) for a, (c, b) in layer.matches.items() if c > tau] if layer.index != 1 else []}
+
+
 def adamerge(layer):
     pairs = layer.matches
     mean = sum(c for c, _ in pairs.values()) / len(pairs)
     z = (mean - MEANS[layer.index]) / DEVIATIONS[layer.index]
     r = math.floor([12, 8, 6, 4][layer.index] / (1 + math.exp(-1.5 * z)))
-    peak = max(layer.attention[1:])
-    salience = [min(max(value / peak, 1e-6), 1.0) for value in layer.attention]
+    metric = layer.heads.mean(0)
+    cosine = torch.nn.functional.cosine_similarity(metric[:, None], metric[None, 1:], dim=2).clamp(min=0)
+    sums = cosine.sum(1).tolist()
+    salience = [min(max(value / max(sums[1:]), 1e-6), 1.0) for value in sums]
     scores = {a: (c * (1 - salience[a]), b) for a, (c, b) in pairs.items()}
     weights = [w * s for w, s in zip(layer.sizes, salience, strict=True)]
     return {"pairs": reference.largest(scores, r), "weights": weights}
@@ -102,11 +155,15 @@ TAUS, COUNTS = [0.9, 1.0, 0.5, -1.0], [9, 0, 5, 100]
 CASES = {
     "threshold": (tokmerge.Threshold(TAUS), reference.threshold_choice(TAUS)),
     "threshold on keys": (tokmerge.Threshold(TAUS, "keys"), reference.threshold_choice(TAUS)),
+    "size-aware": (tokmerge.Threshold([0.9, 1.0, 0.5, -3.0], size_aware=True), size_aware),
     "top r": (tokmerge.TopR(COUNTS), reference.top_r_choice(COUNTS)),
     "top r on tokens": (tokmerge.TopR(COUNTS, "tokens"), reference.top_r_choice(COUNTS)),
     "pitome": (tokmerge.PiToMe(COUNTS), pitome),
+    "half pitome": (tokmerge.PiToMe(COUNTS, unprotected=0.5), half_pitome),
+    "windows": (WindowPooling([1, 2, 1, 3], [1, 1, 2, 3]), windows),
     "tofu": (tokmerge.ToFu([7, 0, 5, 30]), tofu),
     "capped": (tokmerge.CappedThreshold([0.3, 1.0, 0.5, 0.2], [4, 9, 100, 6]), capped),
+    "confidence": (tokmerge.ConfidenceThreshold([0.7, 1.0, 0.4, 0.1], 0.3, 1.6, first=1), confident),
     "relative": (tokmerge.RelativeThreshold([0.5, -0.3, math.inf, 0.0]), relative),
     "adamerge": (tokmerge.AdaMerge([12, 8, 6, 4], MEANS, DEVIATIONS, alpha=1.5), adamerge),
     "pruning": (tokmerge.AttentionPruning([10, 0, 3, 200]), pruning),
@@ -133,7 +190,8 @@ def test_a_batch_gives_every_image_what_it_gets_alone(images, policy, decide):
 def fates(policy, qkv, lengths, first=0):
     """{row: the row it merges into, or None} of all that disappear, rows counted from ``first``."""
     metric, layout = torch.nn.functional.normalize(qkv[:, 1].mean(1), dim=-1), Layout(torch.tensor(lengths))
-    merges = policy.select(Context(3, 4, 1, metric, None, layout, qkv))
+    place = torch.stack([layout.position, layout.position], 1).float()
+    merges = policy.select(Context(3, 4, 1, metric, None, layout, qkv, place, lambda: metric[layout.offsets, 0].abs()))
     pairs = list(zip(merges.src.tolist(), merges.dst.tolist(), strict=True))
     pairs += [(row, None) for row in ([] if merges.dropped is None else merges.dropped.tolist())]
     gone = dict(pairs)
@@ -153,13 +211,15 @@ def test_of_few_and_uneven_tokens_those_go_that_go_alone(policy, decide, lengths
     assert fates(policy, qkv, lengths) == expected
 
 
-def outliers(spread):
+def outliers(spread, samples=0):
     def decide(layer):
         if layer.index < 3:
             return {"pairs": []}
         weight, free = np.array(layer.attention), range(1, len(layer.sizes))
         low, high = np.quantile(weight[1:], [0.25, 0.75])
         stay = [i for i in free if weight[i] > high + spread * (high - low)] or [1 + int(weight[1:].argmax())]
+        if samples:
+            stay = sorted({*stay, *free[:: max(1, len(free) // len(stay) // samples)]})
         keys = layer.heads.mean(0)
         pairs = [(i, reference.most_similar(keys, i, stay)[1]) for i in free if i not in stay]
         return {"pairs": pairs, "weights": layer.attention}
@@ -179,13 +239,37 @@ def test_outliers_of_attention_equal_their_definition_in_a_batch_and_alone(sprea
     assert merged.to(torch.bfloat16)(images.bfloat16())[0].x.isfinite().all()
 
 
+def dominant(layer):
+    if layer.index < 3:
+        return {"pairs": []}
+    order = least_attended(layer)[::-1]
+    rest, keys = sorted(order[6:]), layer.heads.mean(0)
+    targets = rest[:: len(rest) // 4][:4]
+    going = [i for i in rest if i not in targets]
+    pairs = [(i, reference.most_similar(keys, i, targets)[1]) for i in going]
+    return {"pairs": pairs, "weights": [1.0] * len(layer.sizes)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "decide"), [(OutlierMerging(3, 0.5, samples=3), outliers(0.5, 3)), (DominantMerging(3, 6, 4), dominant)]
+)
+def test_what_is_kept_besides_equals_its_definition(policy, decide, images):
+    tower = tiny.tower()
+    merged = vision_tower.patch_tower(tower, policy)
+    checks.equals_alone(merged, images)
+    plain = partial(reference.run_tower, tower, decide=decide, layer=4, skip=1, feature="keys")
+    record = checks.equals_plain(merged, images, plain)
+    if isinstance(policy, DominantMerging):
+        assert record.tokens[:, -1].tolist() == [11] * len(images)
+
+
 def test_attention_needs_a_class_token_and_outliers_the_last_layer():
     with pytest.raises(ValueError, match="the last of 4 layers is 3"):
         vision_tower.patch_tower(tiny.tower(), OutlierMerging(2))
     with pytest.raises(ValueError, match="OutlierMerging needs a model that gives it: class token"):
         vision_tower.patch_tower(tiny.tower("siglip"), OutlierMerging(3))
     # Without a class token the first token is a patch.
-    for kind, name in itertools.product(("no_cls_avg",), ("pruning", "static", "adamerge")):
+    for kind, name in itertools.product(("no_cls_avg",), ("pruning", "static")):
         with pytest.raises(ValueError, match="needs a model that gives it: class token"):
             tokmerge.patch(build(kind), CASES[name][0])
 
@@ -197,7 +281,7 @@ def test_a_policy_is_what_was_written_down(policy, decide):
 
 def test_where_nothing_happens_nothing_is_active():
     idle = {name for name, (policy, _) in CASES.items() if not policy.active(1)}
-    assert idle == set(CASES) - {"relative", "adamerge", "static"}
+    assert idle == set(CASES) - {"relative", "adamerge", "static", "windows"}
     assert not tokmerge.RelativeThreshold([math.inf]).active(0)
     assert not tokmerge.CappedThreshold(0.5, [0]).active(0)
     assert tokmerge.StaticRates([0], [1]).active(0)
@@ -205,11 +289,13 @@ def test_where_nothing_happens_nothing_is_active():
 
 def test_match_macs():
     n = torch.tensor([7, 8, 0])
-    for name in ("threshold", "top r", "tofu", "capped", "relative", "adamerge"):
+    for name in ("threshold", "top r", "tofu", "capped", "relative"):
         assert CASES[name][0].match_macs(n, 10).tolist() == [4 * 3 * 10, 4 * 4 * 10, 0]
-    for name in ("pruning", "random merging", "random pruning"):
+    for name in ("pruning", "random merging", "random pruning", "windows"):
         assert CASES[name][0].match_macs(n, 10).tolist() == [0, 0, 0]
-    assert CASES["pitome"][0].match_macs(n, 10).tolist() == [490, 640, 0]
+    assert CASES["size-aware"][0].match_macs(n, 10).tolist() == [4 * 3 * 13, 4 * 4 * 13, 0]
+    for name in ("pitome", "half pitome", "adamerge"):
+        assert CASES[name][0].match_macs(n, 10).tolist() == [490, 640, 0]
     # Of 7 tokens 2 go and 3 look at the 2 that stay; of 4, 2 go, 1 looks at 1.
     static_rates = tokmerge.StaticRates([2, 2], [3, 3])
     assert static_rates.match_macs(torch.tensor([[7, 4]]), 10).tolist() == [[60, 10]]
@@ -230,6 +316,7 @@ def test_match_macs():
         (lambda patch: patch(tokmerge.CappedThreshold(0.9, [5] * 5)), ValueError, "CappedThreshold: 5 caps for"),
         (lambda patch: patch(tokmerge.StaticRates(1, [1, 2])), ValueError, "StaticRates: 2 merge values for"),
         (lambda patch: patch(tokmerge.AdaMerge(3, [0.5], [0.1])), ValueError, "AdaMerge: 1 means for a model of 4"),
+        (lambda _: tokmerge.ConfidenceThreshold(0.9, -0.1), ValueError, "unsure, sure and first cannot be negative"),
         (lambda patch: patch(tokmerge.RelativeThreshold([1.0])), ValueError, "RelativeThreshold: 1 z values"),
     ],
 )

@@ -4,8 +4,10 @@ import checks
 import pytest
 import reference
 import tiny
+import tokmerge
 import torch
-from tokmerge import Threshold
+from conftest import build
+from tokmerge import ConfidenceThreshold, Threshold
 from tokmerge.merging import matching
 from tokmerge.merging.packed import Layout
 from tokmerge.merging.thresholds import LocalThreshold
@@ -59,3 +61,47 @@ def test_unknown_places_and_bad_numbers_are_named():
         LocalThreshold(0.5, "far")
     with pytest.raises(ValueError, match="a side of 1 or more patches"):
         LocalThreshold(0.5, (2, 0, 2, 2))
+
+
+def test_confidence_is_what_the_head_would_say_now(any_model, images):
+    model, seen = any_model, []
+
+    def spy(tokens):
+        seen.append((tokens, confidence(tokens)))
+        return seen[-1][1]
+
+    merged = tokmerge.patch(model, ConfidenceThreshold(0.3, 0.5, 1.5, first=2))
+    confidence, merged.confidence = merged.confidence, spy
+    merged(images)
+    assert len(seen) == 2, "asked from the third of four blocks on"
+    for tokens, got in seen:
+        for i in range(len(images)):
+            alone = tokens.images(torch.tensor([i]))
+            scores = merged.forward_head(alone.with_x(model.norm(alone.x)))[0].softmax(0).sort(descending=True).values
+            assert got[i].item() == pytest.approx((scores[0] - scores[1]).item(), abs=1e-5)
+
+
+def test_equally_sure_is_one_threshold_and_unsure_of_everything_is_none(images):
+    model = build()
+    for same in (1.0, 0.5):
+        plain = tokmerge.patch(model, Threshold(1 - 0.7 * same**2))(images)
+        sure = tokmerge.patch(model, ConfidenceThreshold(0.3, same, same))(images)
+        assert torch.equal(sure[1].tokens, plain[1].tokens)
+        assert torch.equal(sure[0], plain[0])
+    nothing = tokmerge.patch(model, ConfidenceThreshold(0.3, 0.0, 0.0))(images)[1]
+    assert (nothing.tokens == 65).all()
+
+
+def test_asking_for_confidence_costs_a_head_per_block(images):
+    model = build()
+    plain, asked, late = (tokmerge.patch(model, policy)(images)[1] for policy in (
+        Threshold(0.3), ConfidenceThreshold(0.3, 1.0, 1.0), ConfidenceThreshold(0.3, 1.0, 1.0, first=3)))  # fmt: skip
+    head = model.head.in_features * model.head.out_features
+    assert (asked.macs - plain.macs).tolist() == [4 * head] * len(images)
+    assert (late.macs - plain.macs).tolist() == [head] * len(images)
+
+
+def test_confidence_needs_a_classifier():
+    for make in (partial(tokmerge.patch, build(num_classes=0)), partial(vision_tower.patch_tower, tiny.tower())):
+        with pytest.raises(ValueError, match="ConfidenceThreshold needs a model that gives it: confidence"):
+            make(ConfidenceThreshold(0.9))

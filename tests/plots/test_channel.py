@@ -19,7 +19,7 @@ def test_a_link_figure_has_a_line_and_a_band_per_family():
 def test_sweeps_have_a_panel_each():
     table = pd.concat([LINK.assign(sweep="fading", uses=1000), LINK.assign(sweep="latency", uses=0)])
     fig = draw_sweeps(table, "data")
-    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["data: fading uses", "latency"]
+    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["fading, 1,000 uses", "latency"]
 
 
 def test_a_trace_figure_tells_policies_from_fixed_choices():

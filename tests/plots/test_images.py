@@ -2,7 +2,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from tokmerge.plots.images import draw_adaptivity, draw_methods, draw_similarity, draw_splits, draw_sweep
+from tokmerge.plots.images import (
+    GROUPS,
+    draw_adaptivity,
+    draw_budgets,
+    draw_chosen,
+    draw_gains,
+    draw_similarity,
+    draw_splits,
+    draw_sweep,
+)
 
 
 def test_draw_adaptivity_compares_tenths_of_confidence():
@@ -60,13 +69,34 @@ def test_draw_similarity_has_the_layers_median():
     assert len(ax.collections) == 2
 
 
-def test_draw_methods_has_a_colour_per_method_and_the_limit():
-    columns = ["method", "kind", "searched", "top1_drop", "top1_drop_sem", "macs_ratio"]
-    ours = [("threshold", "ours", True, drop, 0.002, macs) for drop, macs in ((0.001, 0.4), (0.004, 0.3))]
+def test_draw_chosen_groups_methods_and_says_what_they_lose():
+    rows = [(method, cost, value, value - 0.1, value + 0.1, 0.004, 0.003)
+            for cost in ("macs_ratio", "bytes_ratio")
+            for method, value in (("ToMe", 0.5), ("threshold", 0.4), ("fixed r", 1.0))]  # fmt: skip
+    columns = ["method", "cost", "value", "low", "high", "top1_drop", "drop_ci95"]
+    _, axes = plt.subplots(1, 2)
+    draw_chosen(axes, pd.DataFrame(rows, columns=columns), GROUPS)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["threshold", "ToMe", "fixed r"]
+    assert [line.get_xdata()[0] for line in axes[0].lines[1::2]] == [0.4, 0.5, 1.0]
+    assert [text.get_text() for text in axes[0].texts[:3]] == ["0.4 ± 0.3", "0.4 ± 0.3", "not within"]
+
+
+def test_draw_gains_has_a_point_per_rival():
+    gains = pd.DataFrame({
+        "method": ["threshold"] * 2, "cost": ["macs_ratio"] * 2, "against": ["same counts", "window pooling"],
+        "gain": [0.01, -0.02], "gain_ci95": [0.005, 0.004]})  # fmt: skip
     _, ax = plt.subplots()
-    draw_methods(ax, pd.DataFrame([*ours, ("DyMU", "peer", False, 0.01, 0.003, 0.5)], columns=columns), "macs_ratio")
-    ours, other = (container.lines[0] for container in ax.containers)
-    np.testing.assert_allclose(ours.get_xydata(), [[0.4, 0.1], [0.3, 0.4]])
-    assert (ours.get_marker(), other.get_marker()) == ("o", "s")
-    assert tuple(ours.get_color()) != tuple(other.get_color())
-    assert ax.lines[-1].get_ydata()[0] == 0.5
+    draw_gains(ax, gains)
+    assert [container.lines[0].get_xdata().tolist() for container in ax.containers] == [[1.0], [-2.0]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["threshold, fewest MACs"]
+
+
+def test_draw_budgets_runs_over_the_costs():
+    budgets = pd.DataFrame({
+        "method": ["threshold", "threshold", "confidence threshold"], "macs_ratio": [0.3, 0.2, 0.25],
+        "gain": [0.001, -0.02, 0.01], "gain_ci95": [0.005, 0.004, 0.003]})  # fmt: skip
+    _, ax = plt.subplots()
+    draw_budgets(ax, budgets)
+    assert [container.lines[0].get_xdata().tolist() for container in ax.containers] == [[0.2, 0.3], [0.25]]
+    assert [container.lines[0].get_ydata().tolist() for container in ax.containers] == [[-2.0, 0.1], [1.0]]
+    assert [text.get_text() for text in ax.get_legend().texts] == ["threshold", "confidence threshold"]

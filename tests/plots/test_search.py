@@ -2,14 +2,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from tokmerge.plots.search import draw_front, draw_hypervolume, draw_profile
+from tokmerge.plots.search import draw_choices, draw_front, draw_hypervolume, draw_profile
 
 COLUMNS = ["kl", "macs_ratio", "bytes_ratio"]
 
 
 def test_draw_front_shows_three_projections_with_the_grids():
     trials = pd.DataFrame([[0.05, 0.5, 0.3], [0.02, 0.7, 0.6], [0.09, 0.9, 0.8]], columns=COLUMNS)
-    grids = pd.DataFrame([[0.03, 0.8, 0.7], [0.06, 0.6, 0.5]], columns=COLUMNS).assign(method="uniform")
+    grids = pd.DataFrame([[0.03, 0.8, 0.7], [0.06, 0.6, 0.5]], columns=COLUMNS).assign(method="one threshold")
     _, axes = plt.subplots(1, 3)
     draw_front(axes, trials, trials[:2], grids, "kl", worst=0.1)
     tried, front = axes[1].collections
@@ -39,3 +39,15 @@ def test_draw_hypervolume_shows_what_is_missing_to_the_median_over_seeds():
     draw_hypervolume(ax, traces)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["sobol", "ax"]
     np.testing.assert_allclose(ax.lines[1].get_ydata(), [70, 50])
+
+
+def test_draw_choices_shows_what_was_promised_beside_what_is_kept():
+    rows = [(method, seed, "macs_ratio", rule, value + 0.1 * seed, drop)
+            for method, value in (("sobol", 0.6), ("ax", 0.5)) for seed in (0, 1)
+            for rule, drop in (("chosen", 0.004), ("promised", 0.01))]  # fmt: skip
+    columns = ["method", "seed", "cost", "rule", "value", "top1_drop"]
+    _, axes = plt.subplots(1, 2)
+    draw_choices(axes, pd.DataFrame(rows, columns=columns), 0.005)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["ax", "sobol"]
+    assert [line.get_xdata().tolist() for line in axes[1].lines[:2]] == [[0.4, 0.4], [1.0, 1.0]]
+    assert axes[1].lines[2].get_xdata()[0] == 0.5

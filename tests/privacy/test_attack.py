@@ -13,7 +13,7 @@ from tokmerge.privacy import attack
 from tokmerge.privacy.defence import Defence
 
 MERGED = Defence("merged", tokmerge.Threshold([0.9] * 12), precision="int8")
-TRAINING = {"steps": 2, "batch_size": 8, "lr": 1e-3, "n_check": 8, "width": 16}
+TRAINING = {"steps": 2, "check_every": 1, "batch_size": 8, "lr": 1e-3, "n_check": 8, "width": 16}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_public_images_are_none_of_the_others(target, inputs):
     taken = attack.unnormalise(taken, *attack.normalisation(inputs.model)).flatten(1)
     assert len(taken) == 100
     assert torch.cdist(target.public.flatten(1).double(), taken.double()).min() > 0
-    with pytest.raises(ValueError, match="train, has 156 images besides search and test, not 157"):
+    with pytest.raises(ValueError, match="train, has 156 images besides search, select and test, not 157"):
         attack.public_images(inputs, "train", 157)
 
 

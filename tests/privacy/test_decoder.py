@@ -41,8 +41,8 @@ def attacker(kind, width=16):
 def test_attackers_learn_a_trivially_invertible_map(kind, steps, share):
     (images, tokens), net = patches(176), attacker(kind)
     seen, test = torch.arange(144), torch.arange(144, 176)
-    curve = train_attacker(net, tokens.images(seen), images[seen], clean, steps=steps, batch_size=16, lr=1e-2, seed=0,
-                           n_check=16)  # fmt: skip
+    curve = train_attacker(net, tokens.images(seen), images[seen], clean, steps=steps, check_every=10,
+                           batch_size=16, lr=1e-2, seed=0, n_check=16)  # fmt: skip
     rebuilt = reconstruct(net, tokens.images(test), clean, 32, torch.Generator())
     assert (rebuilt - images[test] / 255).square().mean() < share * (images / 255.0).var()
     assert curve.loss.iloc[-1] < 0.8 * curve.loss.iloc[0]
@@ -138,7 +138,7 @@ def test_training_sees_new_noise_at_every_step_and_repeats_with_its_seed():
         return part
 
     def train(batch_size=16):
-        options = {"steps": 3, "batch_size": batch_size, "lr": 1e-3, "seed": 1, "n_check": 16}
+        options = {"steps": 3, "check_every": 1, "batch_size": batch_size, "lr": 1e-3, "seed": 1, "n_check": 16}
         return train_attacker(attacker("grid", 8), tokens, images, distort, **options)
 
     assert train().equals(train())
@@ -147,6 +147,20 @@ def test_training_sees_new_noise_at_every_step_and_repeats_with_its_seed():
     assert half == seen[len(seen) // 2 :]
     with pytest.raises(ValueError, match="64 images are too few for batches of 60 and 16 held out"):
         train(60)
+
+
+def test_training_ends_when_held_out_images_gain_no_more_and_keeps_the_best_weights():
+    (images, tokens), net = patches(64), attacker("grid", 8)
+    images = images.flip(0)  # what tokens do not tell can only be guessed
+    options = {"check_every": 10, "batch_size": 16, "seed": 0, "n_check": 16}
+    curve = train_attacker(net, tokens, images, clean, steps=2000, lr=3e-2, **options)
+    assert curve.step.iloc[-1] < 2000
+    assert (curve.lr.diff() < 0).sum() == decoder.FALLS - 1, "the last fall ends it"
+    assert curve.lr.iloc[-1] == pytest.approx(3e-2 * decoder.FALL ** (decoder.FALLS - 1))
+    rebuilt = reconstruct(net, tokens.images(torch.arange(48, 64)), clean, 16, torch.Generator().manual_seed(0))
+    assert reconstruction_loss(rebuilt, images[48:] / 255).item() == pytest.approx(curve.loss.min(), rel=1e-4)
+    with pytest.raises(ValueError, match="3 steps are fewer than the 10 between two checks"):
+        train_attacker(net, tokens, images, clean, steps=3, lr=1e-2, **options)
 
 
 def test_attackers_refuse_what_they_cannot_lay_out():

@@ -63,12 +63,12 @@ def test_feature_distance_is_one_minus_cosine(images, noisy):
 def test_originals_are_looked_for_within_a_group(images, noisy):
     groups = torch.tensor([0] * 25 + [1] * 15)
     found = leakage.reidentify(images, noisy, groups)
-    assert found.matched[:25].tolist() == [1.0] * 25
+    assert found.identified[:25].tolist() == [1.0] * 25
     assert found.chance[:25].tolist() == [1 / 25] * 25
     assert found[25:].isna().all().all()  # too few rivals
     # The same picture for everybody finds one original.
     same = leakage.reidentify(images, images[:1].expand_as(images), groups)
-    assert same.matched[:25].sum() == 1
+    assert same.identified[:25].sum() == 1
 
 
 def test_the_worst_are_the_most_similar_twentieth():
@@ -94,9 +94,9 @@ def test_intervals_are_those_of_the_mean_and_changes_are_paired():
 
 
 def test_missing_values_do_not_count():
-    table = pd.DataFrame({"ssim": [0.0, 1.0, 1.0, 1.0], "matched": [1.0, np.nan, 0.0, np.nan], "none": [np.nan] * 4})
+    table = pd.DataFrame({"ssim": [0.0, 1.0, 1.0, 1.0], "identified": [1.0, np.nan, 0.0, np.nan], "none": [np.nan] * 4})
     found = leakage.summarise_leakage(table, draws=20).query("images == 'all'").set_index("metric")
-    assert found.value["matched"] == 0.5
+    assert found.value["identified"] == 0.5
     assert np.isnan(found.value["none"])
 
 

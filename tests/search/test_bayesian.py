@@ -159,14 +159,15 @@ def test_bad_settings_are_named(change, message):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder, _: (folder / "ax.json").unlink(), r"ax\.json is gone, and its 7 trials are there"),
-        (lambda folder, _: (folder / "ax.json").write_text("{"), r"ax\.json cannot be read"),
-        (
-            lambda folder, _: (folder / "trials.parquet").unlink(),
-            r"trials\.parquet lacks trial 0",
-        ),
         (lambda folder, other: shutil.copy(other / "trials.parquet", folder), r"trial \d is not one of this search"),
-        (lambda folder, other: shutil.copy(other / "ax.json", folder), r"trial \d is not one of this search"),
+        (lambda folder, other: shutil.copy(other / "proposed.json", folder), r"trial \d is not one of this search"),
+        (
+            lambda folder, _: store.save_table(
+                store.load_table(folder / "trials.parquet").drop(6).replace({"trial": {5: 9}}),
+                folder / "trials.parquet",
+            ),
+            r"trials\.parquet has trial 9, but not all before it",
+        ),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(tmp_path, break_it, message):

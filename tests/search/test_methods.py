@@ -21,8 +21,8 @@ def spaces():
 def test_every_method_runs_from_nothing_to_nearly_everything(spaces, images):
     model = build()
     for name, space in spaces.items():
-        # Thresholds merge less the higher they are.
-        sides = {key: bounds[::-1] if key[0] in "tz" else bounds for key, bounds in space.bounds.items()}
+        # Relative thresholds merge less the higher they are.
+        sides = {key: bounds[::-1] if key[0] == "z" else bounds for key, bounds in space.bounds.items()}
         least, most = ({key: bounds[side] for key, bounds in sides.items()} for side in (0, 1))
         found = [space.configuration(parameters).policy for parameters in (least, most)]
         assert all(isinstance(policy, Policy) for policy in found), name
@@ -39,14 +39,16 @@ def test_every_method_is_its_own_search(spaces):
 
 
 def test_schedules_take_their_counts(spaces):
-    choice = {"share_00": 0.5, "share_01": 1.0, "share_02": 0.3, "share_03": 0.0}
+    roots = {"00": 0.5, "01": 1.0, "02": 0.3, "03": 0.0}
+    choice = {f"root_{at}": root**0.5 for at, root in roots.items()}
     assert spaces["ToMe"].configuration(choice).policy == TopR((16, 24, 4, 0))
     assert spaces["ToMe on tokens"].configuration(choice).policy == TopR((16, 24, 4, 0), feature="tokens")
-    assert spaces["PiToMe"].configuration(choice).policy == PiToMe((16, 24, 4, 0))
+    assert spaces["PiToMe"].configuration(choice).policy == PiToMe((16, 24, 4, 0), unprotected=0.5)
     assert spaces["AdaMerge"].configuration(choice).policy.r == (32, 48, 8, 0)
-    two = {"prune_00": 0.0, "prune_01": 1.0, "merge_00": 0.5, "merge_01": 0.5}
-    # 64 -16 -> 48: 8 and 10 -> 30: 10 and 5 -> 15: 7 and 2.
-    assert spaces["DiffRate"].configuration(two).policy == tokmerge.StaticRates((0, 8, 10, 7), (16, 10, 5, 2))
+    two = {"prune_00": 0.0, "prune_01": 1.0, "merge_00": 0.6, "merge_01": 0.6}
+    # Pruned are 0, 1/9, 4/9 and 1 of what may go, merged 0.36 of it.
+    # 64: 0 and 12 -> 52: 3 and 9 -> 40: 9 and 5 -> 26: 13 and 2.
+    assert spaces["DiffRate"].configuration(two).policy == tokmerge.StaticRates((0, 3, 9, 13), (12, 9, 5, 2))
 
 
 def test_precision_is_searched_beside_the_policy(spaces):

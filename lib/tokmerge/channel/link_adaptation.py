@@ -1,6 +1,6 @@
 """What to send when: a table computed offline that a device looks its choice up in.
 
-For every bandwidth, deadline and SNR the table names what answered most search images as it should: which member
+For every bandwidth, deadline and SNR the table names what answered most select images as it should: which member
 (policy and precision) and which fastest modulation and code rate. Between two that do as well the faster one is named.
 """
 
@@ -21,8 +21,8 @@ from tokmerge.channel.transmission import Link, Sent, SentPayloads
 from tokmerge.io import store
 
 LOOKUP_VERSION = 1
-# A share of search images this close to the best counts as as good.
-SLACK = 0.002
+# A share of select images this close to the best counts as as good.
+SCORE_SLACK = 0.002
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Choice:
     Attributes:
         uses, deadline_s, snr_db: channel uses an image may take, time it may take, lower end of the SNR.
         member, cap: index of what is sent, and of the fastest scheme.
-        score: share of search images answered as they should be.
+        score: share of select images answered as they should be.
         latency_s: mean seconds from image to answer.
     """
 
@@ -94,7 +94,7 @@ def compute_lookup(
     members: Sequence[Member], link: Link, snrs_db: Iterable[float], slots: Sequence[Slot], goal: Tensor,
     n_caps: int = 2, seed: int = 0,
 ) -> Lookup:  # fmt: skip
-    """Fill the table in, on search images alone.
+    """Fill the table in, on select images alone.
 
     Args:
         members: what may be sent.
@@ -108,8 +108,8 @@ def compute_lookup(
         for snr_db in tqdm(list(snrs_db), desc=f"{slot.uses} uses, {slot.deadline_s:g} s", unit="SNR"):
             tried = options(members, link, snr_db, slot, goal, n_caps, seed)
             best = max(score for score, _, _ in tried)
-            timed = [(float(latency_s(members[index].search, slot, link, cap).mean()), score, index, cap)
-                     for score, index, cap in tried if score >= best - SLACK]  # fmt: skip
+            timed = [(float(latency_s(members[index].select, slot, link, cap).mean()), score, index, cap)
+                     for score, index, cap in tried if score >= best - SCORE_SLACK]  # fmt: skip
             seconds, score, index, cap = min(timed, key=lambda one: one[0])
             choices.append(Choice(slot.uses, slot.deadline_s, float(snr_db), index, cap, score, seconds))
     return Lookup(tuple((member.name, member.precision) for member in members), tuple(choices))
@@ -129,6 +129,16 @@ def fading_trace(n: int, mean_db: float, doppler: float, generator: torch.Genera
     shifts = 2 * math.pi * doppler * angles.cos().double()
     gain = torch.polar(torch.ones((), dtype=torch.float64), time * shifts + phases.double()).sum(1) / waves**0.5
     return mean_db + (10 * gain.abs().square().clamp(min=1e-9).log10()).numpy()
+
+
+def estimate_snr(snrs_db: np.ndarray, pilots: int, generator: torch.Generator) -> np.ndarray:
+    """(n,) what a device takes SNRs in dB for that hears so many pilots of each slot from its server.
+
+    The average of P pilots is the gain and noise of a P-th of the variance; its power, less what noise adds on average.
+    """
+    snr = torch.from_numpy(10 ** (np.asarray(snrs_db) / 10))
+    heard = snr.sqrt() + torch.randn(len(snr), dtype=torch.complex128, generator=generator) / pilots**0.5
+    return (10 * (heard.abs().square() - 1 / pilots).clamp(min=1e-3).log10()).numpy()
 
 
 def follow_trace(

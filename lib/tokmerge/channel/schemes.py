@@ -1,4 +1,4 @@
-"""Who competes for the channel: the members of every family, on the search and the test images."""
+"""Who competes for the channel: the members of every family, on the select and the test images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Member:
 
     Args:
         family, name, precision: what it belongs to; its policy, or whatever sets it apart; of its payloads.
-        search, test: what it does with the search and the test images.
+        select, test: what it does with the select and the test images.
         sending: "cut off": what the slot does not hold of a payload is left out, and how fast the fastest scheme
             may be is chosen; "whole": always the most robust scheme that the whole payload fits with; "analog".
     """
@@ -35,7 +35,7 @@ class Member:
     family: str
     name: str
     precision: str
-    search: Sent
+    select: Sent
     test: Sent
     sending: str = "cut off"
 
@@ -133,28 +133,28 @@ def thin_out(table: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def token_members(
-    family: str, name: str, model: nn.Module, policy: Policy | None, split_layer: int, search: Batch, test: Batch,
+    family: str, name: str, model: nn.Module, policy: Policy | None, split_layer: int, select: Batch, test: Batch,
     precisions: Sequence[str], chunk_tokens: int = LINK_CHUNK,
 ) -> list[Member]:  # fmt: skip
-    """One member per precision; what it puts in the place of lost tokens is known from the search images."""
+    """One member per precision; what it puts in the place of lost tokens is known from the select images."""
     merged = patch(model, policy, split_layer=split_layer)
-    on_search = send_image_tokens(merged, search.images, precisions, chunk_tokens=chunk_tokens)
-    prototype = on_search[precisions[0]].server.prototype
+    on_select = send_image_tokens(merged, select.images, precisions, chunk_tokens=chunk_tokens)
+    prototype = on_select[precisions[0]].server.prototype
     on_test = send_image_tokens(merged, test.images, precisions, prototype, chunk_tokens)
-    return [Member(family, name, precision, on_search[precision], on_test[precision]) for precision in precisions]
+    return [Member(family, name, precision, on_select[precision], on_test[precision]) for precision in precisions]
 
 
 def analog_member(family: str, member: Member, codec: LearnedCodec | None = None) -> Member:
-    """A member's tokens, of the finest precision, sent by a learned codec or by the linear one of its search tokens."""
-    search, test = member.search, member.test
-    assert isinstance(search, SentTokens)
+    """A member's tokens, of the finest precision, sent by a learned codec or by the linear one of its select tokens."""
+    select, test = member.select, member.test
+    assert isinstance(select, SentTokens)
     assert isinstance(test, SentTokens)
     chosen: LinearCodec | LearnedCodec | None = codec
     if chosen is None:
-        weight = size_weight(search.tokens)
-        chosen = LinearCodec.of(to_features(search.tokens, None if search.sizes is None else weight), weight)
-    on_search, on_test = (SentAnalog(part.edge_macs, part.macs, part, chosen) for part in (search, test))
-    return Member(family, member.name, "analog", on_search, on_test, "analog")
+        weight = size_weight(select.tokens)
+        chosen = LinearCodec.of(to_features(select.tokens, None if select.sizes is None else weight), weight)
+    on_select, on_test = (SentAnalog(part.edge_macs, part.macs, part, chosen) for part in (select, test))
+    return Member(family, member.name, "analog", on_select, on_test, "analog")
 
 
 @torch.inference_mode()
@@ -173,12 +173,12 @@ def send_files(model: Any, images: ImageSet, format: str, quality: int) -> SentF
 
 
 def file_members(
-    model: nn.Module, search: ImageSet, test: ImageSet, qualities: Mapping[str, Sequence[int]]
+    model: nn.Module, select: ImageSet, test: ImageSet, qualities: Mapping[str, Sequence[int]]
 ) -> list[Member]:
     """Image files, a family per format, a member per quality."""
     members = []
     for format, some in qualities.items():
         for quality in some:
-            on_search, on_test = (send_files(model, images, format, quality) for images in (search, test))
-            members.append(Member(format, f"quality {quality}", "file", on_search, on_test, "whole"))
+            on_select, on_test = (send_files(model, images, format, quality) for images in (select, test))
+            members.append(Member(format, f"quality {quality}", "file", on_select, on_test, "whole"))
     return members

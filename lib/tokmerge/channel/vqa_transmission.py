@@ -83,15 +83,15 @@ def send_visual_tokens(answering: QuestionObjective, policy: Policy | None, prec
 
 
 def question_members(
-    search: QuestionObjective, test: QuestionObjective, policies: dict[str, Policy], precision: str
+    select: QuestionObjective, test: QuestionObjective, policies: dict[str, Policy], precision: str
 ) -> list[Member]:
     """Unmerged tokens as a whole and cut off, and one adaptive member per policy."""
-    whole = [send_visual_tokens(one, None, precision) for one in (search, test)]
+    whole = [send_visual_tokens(one, None, precision) for one in (select, test)]
     members = [
         Member("unmerged", "unmerged", precision, whole[0], whole[1], "whole"),
         Member("cut off", "unmerged", precision, whole[0], whole[1]),
     ]
     for name, policy in policies.items():
-        on_search, on_test = (send_visual_tokens(one, policy, precision) for one in (search, test))
-        members.append(Member("adaptive", name, precision, on_search, on_test))
+        on_select, on_test = (send_visual_tokens(one, policy, precision) for one in (select, test))
+        members.append(Member("adaptive", name, precision, on_select, on_test))
     return members

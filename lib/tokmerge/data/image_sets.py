@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Item = TypeVar("Item")
+#: models are trained on the first, thresholds searched on the second, points chosen on the third, the last is met once
+SPLITS = ("train", "search", "select", "test")
 
 
 class DataError(ValueError):

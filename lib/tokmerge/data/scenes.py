@@ -1,6 +1,6 @@
 """Scenes: 1 to 9 Fashion-MNIST photos on a 3x3 canvas, and questions that need some or all of them.
 
-A set is generated from a seed and from photos of its own: training, search and test scenes share no photo. Empty
+A set is generated from a seed and from photos of its own: scenes of two splits share no photo. Empty
 cells are left blank, so scenes differ in how many tokens they deserve.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tokmerge.data import fashion_mnist, image_sets
-from tokmerge.data.image_sets import DataError, ImageSet
+from tokmerge.data.image_sets import SPLITS, DataError, ImageSet
 from tokmerge.data.questions import Question, QuestionSet, with_images
 
 SIDE, PHOTO = 3, 28
@@ -26,8 +26,9 @@ PLACES = tuple(
 )
 # Kinds in one scene: few, so that counts above one are common.
 MOST_KINDS = 4
-# Share of the training photos that only search scenes show, and its seed: which photos those are never changes.
-SEARCH_SHARE, SEARCH_SEED = 1 / 12, 0
+# Shares of the training photos that only search and only select scenes show (of the few that ship 20 each), and the
+# seed: which photos those are never changes.
+SEARCH_SHARE, SELECT_SHARE, FEWEST, SPLIT_SEED = 1 / 60, 4 / 60, 20, 0
 QUESTIONS_PER_SCENE = 6
 
 
@@ -49,7 +50,7 @@ def load_scenes(
     split: str, n: int, *, seed: int = 0, source: str = "fashion-mnist", path: str | Path | None = None,
     data_dir: str | Path = "data",
 ) -> Scenes:  # fmt: skip
-    """n scenes of one split: "train", "search" (photos held out of the training photos) or "test".
+    """n scenes of one split: "train", "search" or "select" (photos held out of the training photos), or "test".
 
     The seed draws scenes and questions; photos are of "fashion-mnist" (path and data_dir as in
     `tokmerge.data.fashion_mnist.load_fashion_mnist`) or "sample" (the 512 that ship with the package).
@@ -62,16 +63,16 @@ def load_scenes(
 
 def scene_photos(split: str, source: str = "fashion-mnist", **where: Any) -> ImageSet:
     """The photos of one split; no photo is in two of them. Arguments and errors as in `load_scenes`."""
-    if split not in ("train", "search", "test") or source not in ("fashion-mnist", "sample"):
+    if split not in SPLITS or source not in ("fashion-mnist", "sample"):
         raise DataError(
-            f"no scenes of split {split!r} from {source!r}: use train, search or test from fashion-mnist or sample"
+            f"no scenes of split {split!r} from {source!r}: use {', '.join(SPLITS)} from fashion-mnist or sample"
         )
     half = "test" if split == "test" else "train"
     photos = fashion_mnist.sample(half) if source == "sample" else fashion_mnist.load_fashion_mnist(half, **where)
     if split == "test":
         return photos
-    search, rest = image_sets.search_split(photos.labels, round(len(photos) * SEARCH_SHARE), SEARCH_SEED)
-    return image_sets.subset(photos, search if split == "search" else rest)
+    n_search, n_select = (max(FEWEST, round(len(photos) * share)) for share in (SEARCH_SHARE, SELECT_SHARE))
+    return image_sets.subset(photos, image_sets.divide(photos.labels, n_search, n_select, SPLIT_SEED)[split])
 
 
 def draw_scenes(photos: ImageSet, n: int, *, seed: int, split: str) -> Scenes:

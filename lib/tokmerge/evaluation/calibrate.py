@@ -1,13 +1,13 @@
 """What is measured on calibration images: how similar tokens are, and statistics and thresholds that peers need."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 from tokmerge.data.image_sets import Batch
 from tokmerge.evaluation.classification import evaluate
-from tokmerge.merging.calibration import Calibration, best_similarities, observe
-from tokmerge.merging.matching import Policy, match
+from tokmerge.merging.calibration import Calibration, Observed, observe
+from tokmerge.merging.matching import Context, Merges, Policy, match
 from tokmerge.merging.peers import AdaMerge
 from tokmerge.merging.policies import Threshold, check_length, moments
 from tokmerge.models.vit import patch
@@ -30,7 +30,8 @@ def similarity_statistics(
         lambda observer: evaluate(patch(model, observer), batches),
         lambda context: moments(match(context).similarity)[0].squeeze(1), policy, AdaMerge.feature,
     )  # fmt: skip
-    return tuple(part.mean().item() for part in layers), tuple(part.std().item() for part in layers)
+    # Rounded: they are part of what a search is known by, and the last bits depend on the machine.
+    return tuple(round(part.mean().item(), 4) for part in layers), tuple(round(part.std().item(), 4) for part in layers)
 
 
 def thresholds_for_rates(
@@ -38,11 +39,13 @@ def thresholds_for_rates(
 ) -> Threshold:
     """Thresholds under which every block loses a given number of tokens on average (DyMU, Wang et al., 2504.17040).
 
-    Block by block, each one observed while those before it merge.
+    In every batch each block's threshold is the one that takes that many tokens off on average, and merges what comes
+    before the next is observed; as published, thresholds are means over batches and not negative. Its virtual
+    unmerging, which changes attention, is not part of this.
 
     Args:
         model: timm VisionTransformer.
-        batches: calibration images; they are run once per block.
+        batches: calibration images, each run once.
         rates: mean number of tokens to lose, one per block.
         feature: what similarity is measured on; the method's own is the keys.
 
@@ -51,15 +54,19 @@ def thresholds_for_rates(
     """
     blocks: nn.Sequential = model.blocks  # type: ignore[assignment]
     check_length("thresholds_for_rates", "rates", tuple(rates), len(blocks))
-    thresholds = [1.0] * len(blocks)
-    n_images = sum(len(batch.ids) for batch in batches)
-    for layer, rate in enumerate(rates):
-        if (count := round(rate * n_images)) == 0:
-            continue
-        # So far nothing merges at this block, nor after it.
-        before = Threshold(thresholds, feature)
-        seen = observe(lambda observer: evaluate(patch(model, observer), batches), best_similarities, before)[layer]
-        seen = seen.sort(descending=True).values
+    found: list[list[float]] = [[] for _ in blocks]
+
+    def hook(context: Context, choose: Callable[[], Merges]) -> Merges:
+        rate = rates[context.layer]
+        if not rate:
+            return choose()
+        matches = match(context)
+        seen = matches.similarity[matches.similarity.isfinite()].sort(descending=True).values
+        count = round(rate * len(context.layout.lengths))
         # Just those above the next one merge; all of them where there are not more.
-        thresholds[layer] = seen[count].clamp(-1, 1).item() if count < len(seen) else -1.0
-    return Threshold(thresholds, feature)
+        threshold = seen[count].clamp(0, 1).item() if count < len(seen) else 0.0
+        found[context.layer].append(threshold)
+        return matches.merges(matches.similarity > threshold)
+
+    evaluate(patch(model, Observed(None, hook, feature)), batches)
+    return Threshold([sum(each) / len(each) if each else 1.0 for each in found], feature)

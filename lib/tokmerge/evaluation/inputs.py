@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokmerge.data import image_sets
-from tokmerge.data.image_sets import Batch, ImageSet
+from tokmerge.data.image_sets import SPLITS, Batch, ImageSet
 from tokmerge.data.registry import load_images
 from tokmerge.io import paths, store
 from tokmerge.models import zoo
@@ -44,16 +44,16 @@ class Inputs:
         return store.load_table(paths.need(self.folder / "unmerged.parquet", made_by="10_inputs"))
 
     def images(self, split: str, n: int | None = None, skip: int = 0) -> ImageSet:
-        """The images of a split ("search" or "test"), in its order: n (all by default) after the first ``skip``.
+        """The images of a split ("search", "select" or "test"), in order: n (all by default) after the first ``skip``.
 
         Raises:
             ValueError: no such split, it holds fewer images, or the data no longer holds the ids that were recorded.
         """
-        if split not in ("search", "test"):
-            raise ValueError(f"unknown split {split!r}: use search or test")
+        if split not in SPLITS[1:]:
+            raise ValueError(f"unknown split {split!r}: use {', '.join(SPLITS[1:])}")
         params = self.facts["params"]
         where = {"path": params["data_path"], "data_dir": paths.root() / "data"}
-        images = load_images(params["dataset"], params[f"{split}_source"], **where)
+        images = load_images(params["dataset"], params["test_source" if split == "test" else "search_source"], **where)
         wanted = set(self.splits.id[self.splits.split == split])
         part = image_sets.subset(images, [i for i, identifier in enumerate(images.ids) if identifier in wanted])
         if len(part) != len(wanted):

@@ -24,7 +24,7 @@ from tokmerge.models.configuration import Configuration
 from tokmerge.models.vit import patch
 
 # What may stand on the accuracy axis; each is 0 for the unmerged model and grows as merging does harm.
-AXES = ("kl", "root_kl", "loss_rise", "top1_drop")
+AXES = ("kl", "root_kl", "root_margin_kl", "loss_rise", "disagreement", "top1_drop")
 COSTS = ("macs_ratio", "bytes_ratio")
 
 
@@ -52,8 +52,10 @@ class Objective:
 
         Returns:
             Means over the images and their standard errors (``<name>_sem``): top1 and loss; kl, the divergence
-            KL(unmerged || merged) of the predicted distributions, and its root; loss_rise and top1_drop against the
-            unmerged model; macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged at float16; n_images.
+            KL(unmerged || merged) of the predicted distributions, and its root; root_margin_kl, the same of a mean in
+            which images count the more the nearer the unmerged model's first two classes are; disagreement, the share
+            of images given another class than without merging; loss_rise and top1_drop against the unmerged model;
+            macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged at float16; n_images.
         """
         if configuration not in self._measured:
             self._measured[configuration] = compare_outcomes(self._run(configuration), self.unmerged)
@@ -96,10 +98,15 @@ def compare_outcomes(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
     log_p, log_q = unmerged.logits.double().log_softmax(1), merged.logits.double().log_softmax(1)
     hit = (merged.logits.argmax(1) == merged.labels).double()
     loss = F.cross_entropy(merged.logits.double(), merged.labels, reduction="none")
+    kl = (log_p.exp() * (log_p - log_q)).sum(1)
+    first, second = log_p.exp().topk(2).values.unbind(1)
+    doubt = 1 - (first - second)
     columns = {
         "top1": hit,
         "loss": loss,
-        "kl": (log_p.exp() * (log_p - log_q)).sum(1),
+        "kl": kl,
+        "margin_kl": kl * doubt / doubt.mean().clamp_min(1e-12),
+        "disagreement": (unmerged.logits.argmax(1) != merged.logits.argmax(1)).double(),
         "loss_rise": loss - F.cross_entropy(unmerged.logits.double(), merged.labels, reduction="none"),
         "top1_drop": (unmerged.logits.argmax(1) == merged.labels).double() - hit,
         "macs_ratio": merged.macs / unmerged.macs.double(),
@@ -109,25 +116,29 @@ def compare_outcomes(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
     measured = {"n_images": float(len(hit))}
     for name, values in columns.items():
         measured |= {name: values.mean().item(), f"{name}_sem": (values.std() / len(values) ** 0.5).item()}
-    return measured | root_of(measured["kl"], measured["kl_sem"])
+    for name in ("kl", "margin_kl"):
+        measured |= root_of(name, measured[name], measured[f"{name}_sem"])
+    return measured
 
 
-def root_of(kl: float, sem: float) -> dict[str, float]:
+def root_of(name: str, kl: float, sem: float) -> dict[str, float]:
     """The root of a mean divergence and its standard error, from those of the divergence.
 
-    >>> root_of(0.25, 0.125), root_of(0.0, 0.25)
+    >>> root_of("kl", 0.25, 0.125), root_of("kl", 0.0, 0.25)
     ({'root_kl': 0.5, 'root_kl_sem': 0.125}, {'root_kl': 0.0, 'root_kl_sem': 0.5})
     """
     # Rounding can leave the divergence of nearly equal distributions a hair below zero.
     root = max(kl, 0.0) ** 0.5
     # To first order; near zero, where that breaks down, the root of the mean's own error.
-    return {"root_kl": root, "root_kl_sem": min(sem / (2 * root), sem**0.5) if root else sem**0.5}
+    return {f"root_{name}": root, f"root_{name}_sem": min(sem / (2 * root), sem**0.5) if root else sem**0.5}
 
 
-def load_objective(inputs_dir: str, n_images: int, batch_size: int = 32, skip: int = 0) -> Objective:
-    """The objective on images of the search split, as `Inputs.images` gives them; for workers, of plain values."""
+def load_objective(
+    inputs_dir: str, n_images: int, batch_size: int = 32, skip: int = 0, split: str = "search"
+) -> Objective:
+    """The objective on images of a split, as `Inputs.images` gives them; for workers, of plain values."""
     inputs = open_inputs(inputs_dir)
-    return Objective(inputs.model, inputs.batch("search", n_images, skip), batch_size)
+    return Objective(inputs.model, inputs.batch(split, n_images, skip), batch_size)
 
 
 @dataclass(frozen=True)

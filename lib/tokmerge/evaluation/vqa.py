@@ -56,7 +56,7 @@ def normalise(answer: str) -> str:
     "2 dogs don't they"
     """
     # With a comma between two digits anywhere, all punctuation goes without leaving a space.
-    grouped = re.search(r"\d,\d", answer) is not None
+    grouped = re.search(r"\d,\d", answer, re.ASCII) is not None
     text = answer
     for mark in PUNCTUATION:
         # Asked of the answer as it was, so that one mark's fate does not depend on another's.
@@ -64,7 +64,7 @@ def normalise(answer: str) -> str:
         text = text.replace(mark, "" if apart or grouped else " ")
     # Only a period before a digit stays: the evaluator's look-behind for a digit is misspelt and never matches.
     # Its flag re.UNICODE stands where the count belongs, so at most 32 periods go.
-    text = re.sub(r"\.(?!\d)", "", text, count=int(re.UNICODE))
+    text = re.sub(r"\.(?!\d)", "", text, count=int(re.UNICODE), flags=re.ASCII)
     words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 

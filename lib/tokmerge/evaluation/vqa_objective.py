@@ -127,7 +127,7 @@ def compare_answers(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.Data
     measured = {"n_questions": float(len(table))}
     for name, values in columns.items():
         measured |= {name: float(values.mean()), f"{name}_sem": float(values.sem())}
-    return measured | root_of(measured["kl"], measured["kl_sem"])
+    return measured | root_of("kl", measured["kl"], measured["kl_sem"])
 
 
 def select_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionSet:
@@ -136,27 +136,31 @@ def select_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionS
     return questions.select_questions(asked, [i for i, q in enumerate(asked.questions) if q.image_id in wanted])
 
 
-def task_splits(name: str, n_search: int, n_test: int, **where: Any) -> tuple[QuestionSet, QuestionSet]:
-    """The search and the test questions that belong to a shipped model; its training saw images of neither.
+def task_splits(name: str, n_search: int, n_select: int, n_test: int, **where: Any) -> tuple[QuestionSet, ...]:
+    """The search, the select and the test questions that belong to a shipped model; its training saw images of none.
 
     Args:
         name: of the model, one of `tokmerge.models.tiny_llava.TINY_LLAVAS`.
-        n_search, n_test: images of either split.
+        n_search, n_select, n_test: images of each split.
         **where: source and data_dir of the photos.
 
     Raises:
-        ValueError: more search images than the training held back.
+        ValueError: more search and select images than the training held back.
     """
     made = tiny_llava.llava_card(name)["params"]
-    if n_search > made["n_search"]:
-        raise ValueError(f"n_search is {n_search}, but the training of {name} held {made['n_search']} images back")
-    if name.startswith("easy-vqa"):
-        everything = load_easy_vqa("train")
-        held_back, _ = questions.split_questions(everything, made["n_search"], made["seed"])
-        search, test = questions.select_questions(everything, held_back), load_easy_vqa("test")
-        return select_images(search, n_search), select_images(test, n_test)
-    made_search = scenes.load_scenes("search", n_search, seed=made["seed"], **where)
-    return made_search.questions, scenes.load_scenes("test", n_test, seed=made["seed"], **where).questions
+    if name.startswith("scenes"):
+        images = {"search": n_search, "select": n_select, "test": n_test}
+        made_of = (scenes.load_scenes(split, n, seed=made["seed"], **where) for split, n in images.items())
+        return tuple(some.questions for some in made_of)
+    if n_search + n_select > made["n_search"]:
+        raise ValueError(
+            f"{n_search} search and {n_select} select images: the training of {name} held {made['n_search']} back"
+        )
+    everything = load_easy_vqa("train")
+    positions, _ = questions.split_questions(everything, made["n_search"], made["seed"])
+    held_back = questions.select_questions(everything, positions)
+    test = select_images(load_easy_vqa("test"), n_test)
+    return select_images(held_back, n_search), select_images(held_back, n_select, skip=n_search), test
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,9 @@ class Task:
     Attributes:
         name: of the model.
         model, processor: transformers' LlavaForConditionalGeneration, ready to evaluate, and LlavaProcessor.
-        search: questions to choose thresholds on.
-        test: questions to report on; no image is on both sides.
+        search: questions that trials are measured on.
+        select: questions that points are chosen on.
+        test: questions to report on; no image is in two of the three.
         options: of `vqa.answer_questions`, the model's prompt among them.
         photos: how many photos each test image is made of, where that is known.
     """
@@ -176,6 +181,7 @@ class Task:
     model: Any
     processor: Any
     search: QuestionSet
+    select: QuestionSet
     test: QuestionSet
     options: Mapping[str, Any]
     photos: Mapping[str, int] = field(default_factory=dict)
@@ -190,7 +196,7 @@ class Task:
 
 
 def load_task(
-    name: str, n_search: int, n_test: int | None, *, source: str | None = None, path: str | None = None,
+    name: str, n_search: int, n_select: int, n_test: int | None, *, source: str | None = None, path: str | None = None,
     split: str = "val2014", dtype: str = "auto", seed: int = 0, photos: str = "fashion-mnist",
     data_dir: str | Path = "data", **options: Any,
 ) -> Task:  # fmt: skip
@@ -199,10 +205,10 @@ def load_task(
     Args:
         name: a shipped model, one of `tiny_llava.TINY_LLAVAS`, which brings its own questions; else a local folder or
             a hub name.
-        n_search: images of the search split.
+        n_search, n_select: images of these splits.
         n_test: test images; None for all (a shipped model's test split has 1,000).
         source, path: questions of a model that does not ship, "vqav2" or "vqav2-hub", and where they lie.
-        split, seed: of those; the search images are drawn from it and are no test images.
+        split, seed: of those; search and select images are drawn from it and are no test images.
         dtype: of such a model's weights.
         photos, data_dir: what scenes are made of, "fashion-mnist" or "sample", and where a fetched copy is kept.
         **options: of `vqa.answer_questions`.
@@ -213,8 +219,8 @@ def load_task(
     """
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     if name in tiny_llava.TINY_LLAVAS:
-        where: dict[str, Any] = {} if name.startswith("easy-vqa") else {"source": photos, "data_dir": data_dir}
-        search, test = task_splits(name, n_search, n_test or 1000, **where)
+        where: dict[str, Any] = {"source": photos, "data_dir": data_dir} if name.startswith("scenes") else {}
+        search, select, test = task_splits(name, n_search, n_select, n_test or 1000, **where)
         counts: dict[str, int] = {}
         if where:
             made_with = tiny_llava.llava_card(name)["params"]
@@ -223,17 +229,18 @@ def load_task(
             counts = dict(zip(names, made.counts.tolist(), strict=True))
         model, processor = tiny_llava.load_tiny_llava(name)
         options["template"] = tiny_llava.TINY_TEMPLATE
-        return Task(name, model.to(device), processor, search, test, options, counts)
+        return Task(name, model.to(device), processor, search, select, test, options, counts)
     if source is None:
         raise DataError(f"{name} brings no questions: name a source, such as vqav2 with a path")
     everything = load_questions(source, split, path=path, data_dir=data_dir)
-    search, test = (
-        questions.select_questions(everything, part) for part in questions.split_questions(everything, n_search, seed)
-    )
+    held, rest = questions.split_questions(everything, n_search + n_select, seed)
+    held_back, test = (questions.select_questions(everything, part) for part in (held, rest))
+    search, select = select_images(held_back, n_search), select_images(held_back, n_select, skip=n_search)
     model, processor = llava.load_llava(name, device, dtype)
     if n_test is not None:
         test = select_images(test, n_test)
-    return Task(Path(name).name, model, processor, search, test, {"template": vqa.LLAVA_TEMPLATE, **options})
+    options = {"template": vqa.LLAVA_TEMPLATE, **options}
+    return Task(Path(name).name, model, processor, search, select, test, options)
 
 
 def compressed(asked: QuestionSet, format: str, quality: int) -> tuple[QuestionSet, dict[str, int]]:

@@ -44,7 +44,7 @@ class Front:
 
         >>> from tokmerge.merging.policies import TopR
         >>> Front("vit", "toy", 0.9, (Point(TopR(1), 0.895, 0.5, 0.2), Point(TopR(2), 0.7, 0.2, 0.1))).within(0.005)
-        (Point(policy=TopR(r=1, feature='keys'), top1=0.895, macs_ratio=0.5, bytes_ratio=0.2),)
+        (Point(policy=TopR(r=1, feature='keys', size_aware=False), top1=0.895, macs_ratio=0.5, bytes_ratio=0.2),)
         """
         # Slack for rounding: 0.9 - 0.895 is a hair above 0.005 in binary.
         return tuple(point for point in self.points if self.unmerged_top1 - point.top1 <= max_drop + 1e-9)

@@ -3,7 +3,7 @@
 Bipartite matching follows ToMe (Bolya et al., 2210.09461, section 3), written anew for packed batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from torch import Tensor
 from tokmerge.merging.packed import Layout, host
 
 FEATURES = ("tokens", "keys")
-NEEDS = ("class token", "places")
+NEEDS = ("class token", "places", "confidence")
 # Similarities computed at a time: what is kept of them is the best of each row.
 BLOCK = 2**20
 
@@ -70,11 +70,24 @@ class Context:
     layout: Layout  #: which rows belong to which image
     qkv: Tensor | None = None  #: (T, 3, H, d) queries, keys and values of the layer; None where there are none
     place: Tensor | None = None  #: (T, 2) row and column of each token in the patch grid; None where it is not known
+    #: gives each image's `confidence`; None where no model classifies
+    read_out: Callable[[], Tensor] | None = None
 
     @cached_property
     def padded_metric(self) -> Tensor:
         """(B, longest, d)."""
         return self.layout.pad(self.metric)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """(B,) how far the class that the model would name now is ahead of the next, as probabilities: 0 to 1.
+
+        Raises:
+            ValueError: no model that classifies is at work here.
+        """
+        if self.read_out is None:
+            raise ValueError("the policy needs the confidence of a classifier, and this model is none")
+        return self.read_out()
 
     @cached_property
     def class_attention(self) -> Tensor:
@@ -123,21 +136,33 @@ def ranked(scores: Tensor, valid: Tensor, descending: bool = False) -> Tensor:
     return keys.masked_fill(~valid, last * float("inf")).argsort(dim=1, descending=descending, stable=True)
 
 
-def match(context: Context, group: Tensor | None = None) -> Matches:
+def match(
+    context: Context, group: Tensor | None = None, order: Tensor | None = None, size_aware: bool = False
+) -> Matches:
     """Alternate the unprotected tokens between A and B; each a in A takes its most similar b in B.
 
     Args:
         context: the layer's.
         group: (T,) numbers; tokens alternate within those of one number, and only match each other. None: all do.
+        order: (B, U) places of the unprotected tokens in which they alternate, those beyond an image's end last. None:
+            as they are.
+        size_aware: similarity is 1 - sqrt(h) (1 - cosine), h the harmonic mean of the two tokens' sizes, instead of the
+            cosine. What averaging two tokens costs in squares is h / 2 times their squared distance (Ward, 1963); the
+            root damps that.
     """
     layout, first = context.layout, context.protected
     metric = context.padded_metric[:, first:]
-    order, valid = None, None if layout.uniform else layout.valid[:, first:]
+    valid = None if layout.uniform else layout.valid[:, first:]
     if group is not None:
         numbers = layout.pad(group)[:, first:].double()
         # Padding comes last, so what is valid stays where it was.
         numbers = numbers if valid is None else numbers.masked_fill(~valid, float("inf"))
         numbers, order = numbers.sort(dim=1, stable=True)
+    inverse = None
+    if size_aware and context.sizes is not None:
+        inverse = layout.pad(1 / context.sizes)[:, first:]
+        inverse = inverse if order is None else inverse.gather(1, order)
+    if order is not None:
         metric = metric.gather(1, order[..., None].expand_as(metric))
     from_a, to_b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
     if to_b.shape[2] == 0:
@@ -146,6 +171,9 @@ def match(context: Context, group: Tensor | None = None) -> Matches:
     found = []
     for start, stop in blocks(from_a.shape[1], len(metric) * to_b.shape[2]):
         scores = torch.bmm(from_a[:, start:stop], to_b)
+        if inverse is not None:
+            weight = (2 / (inverse[:, ::2][:, start:stop, None] + inverse[:, None, 1::2])).sqrt_()
+            scores = scores.sub_(1).mul_(weight).add_(1)
         if valid is not None:
             scores.masked_fill_(~valid[:, None, 1::2], float("-inf"))
         if group is not None:
@@ -195,7 +223,9 @@ def bipartite_macs(n: Tensor, d: int) -> Tensor:
 class Policy(Protocol):
     """Which tokens merge into which, at each layer: what the engine asks of a policy.
 
-    A policy may also say, as attribute ``needs``, what a model must give it, some of `NEEDS`.
+    A policy may also say, as attribute ``needs``, what a model must give it, some of `NEEDS`; as ``compares`` and
+    ``averages``, False where it does without the metric or without means; and as ``first``, the first layer at which
+    it asks for confidence.
     """
 
     @property
@@ -222,3 +252,13 @@ class Policy(Protocol):
 def needed_by(policy: Policy) -> Sequence[str]:
     """What a model must give a policy, some of `NEEDS`."""
     return getattr(policy, "needs", ())
+
+
+def compares(policy: Policy) -> bool:
+    """Whether a policy asks for the metric."""
+    return getattr(policy, "compares", True)
+
+
+def averages(policy: Policy) -> bool:
+    """Whether a policy makes means of tokens."""
+    return getattr(policy, "averages", True)

@@ -1,21 +1,25 @@
 """Token merging: average the pairs that a policy chose (ToMe, Bolya et al., 2210.09461, section 3), and copy back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, Policy, matching_features, widen
+from tokmerge.merging.matching import Context, Merges, Policy, compares, matching_features, widen
 from tokmerge.merging.packed import Layout, Packed, host
 
 
-def step(tokens: Packed, policy: Policy | None, *, layer: int, depth: int, protected: int, qkv: Tensor) -> Packed:
+def step(
+    tokens: Packed, policy: Policy | None, *, layer: int, depth: int, protected: int, qkv: Tensor,
+    read_out: Callable[[], Tensor] | None = None,
+) -> Packed:  # fmt: skip
     """What a policy makes of the tokens (residual stream) after one layer's attention; arguments as of `Context`."""
     if policy is None or not policy.active(layer) or tokens.layout.longest <= protected:
         return tokens
-    metric = matching_features(policy.feature, tokens.x, qkv[:, 1])
-    context = Context(layer, depth, protected, metric, tokens.sizes, tokens.layout, qkv, tokens.place)
+    metric = matching_features(policy.feature, tokens.x, qkv[:, 1]) if compares(policy) else tokens.x
+    context = Context(layer, depth, protected, metric, tokens.sizes, tokens.layout, qkv, tokens.place, read_out)
     return apply(tokens, policy.select(context))
 
 

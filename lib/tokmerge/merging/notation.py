@@ -9,9 +9,10 @@ from tokmerge.merging.matching import Policy
 
 # Every policy there is, by the name it is written down with.
 _KINDS: tuple[Any, ...] = (
-    policies.PiToMe, policies.Threshold, policies.TopR, thresholds.CappedThreshold, thresholds.LocalThreshold,
-    thresholds.RelativeThreshold, peers.AdaMerge, peers.AttentionPruning, peers.OutlierMerging, peers.RandomMerging,
-    peers.RandomPruning, peers.StaticRates, peers.ToFu,
+    policies.PiToMe, policies.Threshold, policies.TopR, thresholds.CappedThreshold, thresholds.ConfidenceThreshold,
+    thresholds.LocalThreshold, thresholds.LocalTopR, thresholds.RelativeThreshold, peers.AdaMerge,
+    peers.AttentionPruning, peers.DominantMerging, peers.OutlierMerging, peers.RandomMerging, peers.RandomPruning,
+    peers.StaticRates, peers.ToFu, peers.WindowPooling,
 )  # fmt: skip
 POLICIES = {kind.__name__: kind for kind in _KINDS}
 
@@ -20,7 +21,7 @@ def policy_to_json(policy: Policy | None) -> dict[str, Any] | None:
     """A policy as plain values; None for nothing that merges.
 
     >>> policy_to_json(policies.Threshold([0.9, 1.0]))
-    {'kind': 'Threshold', 'thresholds': [0.9, 1.0], 'feature': 'tokens'}
+    {'kind': 'Threshold', 'thresholds': [0.9, 1.0], 'feature': 'tokens', 'size_aware': False}
     """
     if policy is None:
         return None
@@ -38,7 +39,7 @@ def policy_from_json(plain: Mapping[str, Any] | None) -> Policy | None:
         ValueError: no such policy, or values that do not fit it.
 
     >>> policy_from_json({"kind": "TopR", "r": [2, 3]})
-    TopR(r=(2, 3), feature='keys')
+    TopR(r=(2, 3), feature='keys', size_aware=False)
     """
     if plain is None:
         return None

@@ -42,6 +42,8 @@ class LayerPolicy:
     # Not annotated: a field, with its place among the arguments, only where a subclass lets it be chosen.
     feature = "tokens"
     needs: ClassVar[Sequence[str]] = ()
+    compares: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, (number, _) in self._per_layer().items():
@@ -84,7 +86,8 @@ class ThresholdPolicy(LayerPolicy):
 
     def _checked(self, where: str, value: Any, number: type) -> float:
         checked = super()._checked(where, value, number)
-        if where.startswith("thresholds") and not -1 <= checked <= 1:
+        lowest = -math.inf if getattr(self, "size_aware", False) else -1.0
+        if where.startswith("thresholds") and not lowest <= checked <= 1:
             kind = type(self).__name__
             raise ValueError(f"{kind}: {where} is {value}, but a cosine lies between -1 and 1 (1, {kind}.OFF, is off)")
         return checked
@@ -102,6 +105,8 @@ class Threshold(ThresholdPolicy):
     Args:
         thresholds: one cosine threshold for every block, or one per block: a sequence, an array or a tensor.
         feature: what similarity is measured on: ``"tokens"`` or ``"keys"``.
+        size_aware: similarity allows for how many patches the two tokens stand for, see `matching.match`; thresholds
+            may then be any number up to 1.
 
     Raises:
         TypeError: a threshold is not a number.
@@ -112,10 +117,14 @@ class Threshold(ThresholdPolicy):
     """
 
     feature: str = "tokens"
+    size_aware: bool = False
 
     def select(self, context: Context) -> Merges:
-        matches = match(context)
+        matches = match(context, size_aware=self.size_aware)
         return matches.merges(matches.similarity > at(self.thresholds, context.layer))
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return bipartite_macs(n, d + 3 * self.size_aware)
 
 
 @dataclass(frozen=True)
@@ -135,18 +144,28 @@ class TopR(FixedR):
     """The r most similar pairs merge, the same number in every image (ToMe, Bolya et al., 2210.09461).
 
     Args:
-        r: tokens removed at every block, or a sequence with one number per block. Where fewer can merge, all do.
+        r: tokens removed at every block, or a sequence with one number per block; at most half of the unprotected
+            tokens an image has, rounded down.
         feature: what similarity is measured on; the method's own is the keys.
+        size_aware: as of `Threshold`; not part of the method.
 
     >>> TopR([8, 0]).active(1)
     False
     """
 
     feature: str = "keys"
+    size_aware: bool = False
 
     def select(self, context: Context) -> Merges:
-        matches = match(context)
-        return matches.merges(largest(matches.similarity, int(at(self.r, context.layer))))
+        matches = match(context, size_aware=self.size_aware)
+        layout, r = context.layout, int(at(self.r, context.layer))
+        if layout.uniform:
+            return matches.merges(largest(matches.similarity, min(r, (layout.longest - context.protected) // 2)))
+        most = ((layout.lengths - context.protected) // 2).clamp(max=r)
+        return matches.merges(largest(matches.similarity, most[:, None]))
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return bipartite_macs(n, d + 3 * self.size_aware)
 
 
 def largest(values: Tensor, r: int | Tensor) -> Tensor:
@@ -180,11 +199,20 @@ class PiToMe(FixedR):
 
     The energy of token i is mean_j ELU(cos(m_i, m_j) - margin), margin = 0.75 (1 - l / L), over the other
     unprotected tokens j of its image. The 2r tokens of highest energy are candidates; in order of energy they
-    alternate between A and B, and each a merges into its most similar b.
+    alternate between A and B, and each a merges into its most similar b. As published for DeiT, a first part of the
+    blocks protects none: all tokens alternate in order of energy, and the r most similar pairs merge.
 
     Args:
         r: tokens removed at every block, or one number per block; at most half of the unprotected tokens an image has.
+        unprotected: share of the blocks, from the first on, that protect no token; the published code has one half.
     """
+
+    unprotected: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.unprotected <= 1:
+            raise ValueError(f"PiToMe: unprotected is {self.unprotected}, but a share lies between 0 and 1")
 
     def select(self, context: Context) -> Merges:
         layout, first = context.layout, context.protected
@@ -201,6 +229,9 @@ class PiToMe(FixedR):
         order = ranked(energy / (n - 1).clamp(min=1)[:, None], valid, descending=True)
 
         r = (n // 2).clamp(max=int(at(self.r, context.layer)))
+        if context.layer < self.unprotected * context.depth:
+            matches = match(context, order=order)
+            return matches.merges(largest(matches.similarity, r[:, None]))
         widest = max(r.tolist(), default=0)
         if widest == 0:
             nothing = order.new_empty(0)

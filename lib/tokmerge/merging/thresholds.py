@@ -1,4 +1,4 @@
-"""Thresholds with a further condition: only neighbours, at most so many, relative to the image's own similarities."""
+"""Thresholds with a further condition: neighbours only, so many at most, relative to the image, by confidence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, bipartite_macs, match
-from tokmerge.merging.policies import LayerPolicy, ThresholdPolicy, at, largest, moments, per_layer
+from tokmerge.merging.matching import Context, Matches, Merges, bipartite_macs, match
+from tokmerge.merging.policies import FixedR, LayerPolicy, ThresholdPolicy, at, largest, moments, per_layer
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,42 @@ class LocalThreshold(ThresholdPolicy):
             raise ValueError(f"LocalThreshold: window is {self.window}, but a window has a side of 1 or more patches")
 
     def select(self, context: Context) -> Merges:
-        if context.place is None:
-            raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
-        rows, columns = (context.place // at(self.window, context.layer)).unbind(1)
-        matches = match(context, rows * (1 + columns.max()) + columns)
+        matches = _match_in_windows(context, int(at(self.window, context.layer)))
         return matches.merges(matches.similarity > at(self.thresholds, context.layer))
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         # Two comparisons tell whether a pair is of one window.
         return bipartite_macs(n, d + 2)
+
+
+@dataclass(frozen=True)
+class LocalTopR(FixedR):
+    """The r most similar pairs among those of `LocalThreshold`, the same number in every image.
+
+    Args:
+        r: tokens removed at every block, or a sequence with one number per block. Where fewer can merge, all do.
+        window: side of the windows in patches.
+        feature: what similarity is measured on: "tokens" or "keys".
+    """
+
+    needs = ("places",)
+    window: int = 2
+    feature: str = "tokens"
+
+    def select(self, context: Context) -> Merges:
+        matches = _match_in_windows(context, self.window)
+        return matches.merges(largest(matches.similarity, int(at(self.r, context.layer))))
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return bipartite_macs(n, d + 2)
+
+
+def _match_in_windows(context: Context, window: int) -> Matches:
+    """The best matches among the tokens of each window."""
+    if context.place is None:
+        raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
+    rows, columns = (context.place // window).unbind(1)
+    return match(context, rows * (1 + columns.max()) + columns)
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,47 @@ class CappedThreshold(ThresholdPolicy):
         matches = match(context)
         above = matches.similarity > at(self.thresholds, context.layer)
         return matches.merges(above & largest(matches.similarity, int(at(self.caps, context.layer))))
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold(ThresholdPolicy):
+    """Thresholds that fall as the model becomes sure of its answer: images that are hard to tell keep their tokens.
+
+    Merging harms the few images of which the model is unsure; similarity of tokens does not know which they are. What
+    the last norm and the head make of the tokens of a layer does (logit lens; of vision transformers, Vilas et al.,
+    2310.18969). Where p is the difference of the two largest probabilities, pairs merge whose
+
+        1 - similarity  <  (1 - threshold) (unsure + (sure - unsure) p)^2
+
+    Args:
+        thresholds: one for every block, or one per block.
+        unsure, sure: the root of what the distance from 1 is multiplied by at p = 0 and at p = 1.
+        first: blocks before this one take the thresholds as they are: nothing is known yet.
+        feature, size_aware: as of `tokmerge.merging.policies.Threshold`.
+    """
+
+    needs = ("confidence",)
+    unsure: float = 0.0
+    sure: float = 1.0
+    first: int = 0
+    feature: str = "tokens"
+    size_aware: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.unsure, self.sure, self.first) < 0:
+            raise ValueError("ConfidenceThreshold: unsure, sure and first cannot be negative")
+
+    def select(self, context: Context) -> Merges:
+        matches = match(context, size_aware=self.size_aware)
+        distance = 1 - at(self.thresholds, context.layer)
+        if context.layer < self.first:
+            return matches.merges(matches.similarity > 1 - distance)
+        factor = self.unsure + (self.sure - self.unsure) * context.confidence
+        return matches.merges(matches.similarity > 1 - distance * factor.square()[:, None])
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return bipartite_macs(n, d + 3 * self.size_aware)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokmerge import wire
 from tokmerge.merging.matching import Policy, widen
 from tokmerge.merging.merge import unmerge_tokens
-from tokmerge.merging.packed import Packed
+from tokmerge.merging.packed import Packed, pack
 from tokmerge.models.cost import ViTCost
 from tokmerge.models.merged import MergedTransformer, check_policy
 
@@ -85,7 +85,7 @@ class MergedClassifier(MergedTransformer):
         protected: int,
     ) -> None:  # fmt: skip
         super().__init__(model, policy, depth, protected)
-        check_policy("policy", policy, depth, self.has_class_token)
+        check_policy("policy", policy, depth, self.has_class_token, self.classifies)
         if precision not in wire.PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(wire.PRECISIONS)}")
         self.precision, self.split_layer = precision, depth if split_layer is None else split_layer
@@ -182,6 +182,14 @@ class MergedClassifier(MergedTransformer):
     def server_needs_sizes(self) -> bool:
         """After the last block a class-token head reads no sizes; everything else weighs tokens by them."""
         return self.policy is not None and not (self.split_layer == self.depth and self.reads_one_token)
+
+    def confidence(self, tokens: Packed) -> Tensor:
+        # The logit lens: what the last norm and the head make of the tokens as they are.
+        if self.reads_one_token:
+            heads = self.leading(tokens, self.protected)
+            tokens = pack(heads)
+        first, second = widen(self.forward_head(tokens.with_x(self.last_norm(tokens.x)))).softmax(1).topk(2).values.T
+        return first - second
 
     def _edge(self, images: Tensor, source: bool) -> tuple[Packed, list[Tensor]]:
         """The tokens at the split, and the (B,) counts that entered each block before it."""

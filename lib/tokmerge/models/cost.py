@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokmerge.merging.matching import Policy
+from tokmerge.merging.matching import Policy, averages, compares, needed_by
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -93,9 +93,13 @@ class ViTCost:
         active = torch.tensor([policy.active(layer) for layer in range(macs.shape[1])], device=macs.device)
         # The metric's normalisation, for keys after their mean over heads; the weighted sum and division of tokens.
         width, mean = (self.embed_dim, 0) if policy.feature == "tokens" else (self.head_dim, self.attn_dim)
-        average = (before != after) * (before + after) * self.embed_dim
-        match = policy.match_macs(before - self.protected, width)
-        return macs + active * (match + before * (2 * width + mean) + average)
+        metric = before * (2 * width + mean) if compares(policy) else 0
+        if "confidence" in needed_by(policy):
+            # The head, as often as it is asked.
+            asks = torch.arange(macs.shape[1], device=macs.device) >= getattr(policy, "first", 0)
+            metric = metric + asks * ((before - self.protected) * self.pool_per_token + self.head)
+        average = (before != after) * (before + after) * self.embed_dim if averages(policy) else 0
+        return macs + active * (policy.match_macs(before - self.protected, width) + metric + average)
 
     def pooling(self, tokens: Tensor) -> Tensor:
         """MACs of what follows the blocks: (B, L + 1) tokens -> (B,) int64."""

@@ -94,6 +94,7 @@ class MergedEncoder(MergedClassifier):
                 raise TypeError(f"layer {index} of the model is a {type(layer).__name__}, not a {kind.layer}")
             linear_macs(layer)
         config, self.wants_places = model.config, hasattr(encoder, "rope_embeddings")
+        self.classifies = kind.head is not _features
         protected = kind.prefix + getattr(config, "num_register_tokens", 0)
         super().__init__(model, policy, precision, split_layer, len(layers), protected)
         self.embed_dim = config.hidden_size

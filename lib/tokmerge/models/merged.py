@@ -14,6 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class MergedTransformer(MergedModel, ABC):
 
     has_class_token = True  #: the first token is one
     wants_places = False  #: tokens keep their places in the patch grid, whatever the policy needs
+    classifies = False  #: a head makes class scores of the tokens, so that `confidence` can be asked for
 
     def __init__(self, model: nn.Module, policy: Policy | None, depth: int, protected: int) -> None:
         super().__init__(model)
@@ -91,6 +93,10 @@ class MergedTransformer(MergedModel, ABC):
     @abstractmethod
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds: (T, D) -> (T, D)."""
+
+    def confidence(self, tokens: Packed) -> Tensor:
+        """(B,) of what the model would answer if these were its last tokens, see `Context.confidence`."""
+        raise NotImplementedError
 
     def pack_embedded(self, x: Tensor, grid: tuple[int, int], prefix: int, source: bool) -> Packed:
         """(B, N, D) embedded tokens, ``prefix`` leading ones and then a grid's rows of patches, as they enter layer 0.
@@ -121,10 +127,11 @@ class MergedTransformer(MergedModel, ABC):
         """By themselves: queries, keys and values are gone before the MLP needs the memory."""
         out, qkv = self.attention(layer, tokens)
         tokens = tokens.with_x(tokens.x + out)
-        return merge.step(tokens, self.policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv)
+        return merge.step(tokens, self.policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv,
+                          read_out=partial(self.confidence, tokens) if self.classifies else None)  # fmt: skip
 
 
-def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool) -> None:
+def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool, classifies: bool = False) -> None:
     """Raise TypeError if it is no policy, ValueError if it does not fit the layers or needs what the model lacks."""
     if policy is None:
         return
@@ -132,8 +139,9 @@ def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: 
         what = f"the class {policy.__name__}" if isinstance(policy, type) else f"a {type(policy).__name__}"
         raise TypeError(f"{name} is {what}: use a policy such as tokmerge.Threshold(0.9), or None")
     policy.check(depth)
-    if "class token" in needed_by(policy) and not has_class_token:
-        raise ValueError(f"{name}: {type(policy).__name__} needs a model that gives it: class token")
+    for what, given in (("class token", has_class_token), ("confidence", classifies)):
+        if what in needed_by(policy) and not given:
+            raise ValueError(f"{name}: {type(policy).__name__} needs a model that gives it: {what}")
 
 
 def digest_weights(model: nn.Module) -> str:

@@ -23,12 +23,11 @@ with extra("llava"):
         PreTrainedTokenizerFast,
     )
 
-# Their files. The last of the training of the first two was with a part of the tokens or with pooled ones; the others
-# never met any but whole grids.
 TINY_LLAVAS = {
-    "easy-vqa-llava": "easy_vqa_llava_taught", "scenes-llava": "scenes_llava_taught",
-    "easy-vqa-llava-full": "easy_vqa_llava", "scenes-llava-full": "scenes_llava",
-}  # fmt: skip
+    f"{name}{taught}".replace("_", "-"): f"{name}{taught}"
+    for name in ("easy_vqa_llava", "scenes_llava")
+    for taught in ("", "_taught")
+}
 TINY_TEMPLATE = "<image> {question}"
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
 PAD, START, END, IMAGE, UNKNOWN = range(len(SPECIAL))

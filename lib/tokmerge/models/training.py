@@ -46,7 +46,7 @@ def train(
     *,
     clip: float | None = None,
     seed: int | None = None,
-    check: Callable[[int, list[float]], None] | None = None,
+    check: Callable[[int, list[float]], bool | None] | None = None,
     check_every: int = 0,
     checkpoint: Path | None = None,
     description: str | None = None,
@@ -62,7 +62,7 @@ def train(
         seed: of torch's global generators, set anew before every step; None where they go on from where they are, or
             ``loss`` has a generator of its own.
         check: called after every ``check_every`` steps with the steps done and all losses so far; what it draws on
-            the CPU changes nothing.
+            the CPU changes nothing. If it gives True, training ends there.
         check_every: 0 for never. The checkpoint is written as often, and after the last step.
         checkpoint: file the run goes on from, and leaves behind. What follows is equal to the bit to a run that was
             not interrupted, on the CPU also without ``seed``.
@@ -106,7 +106,9 @@ def train(
         if check is not None and due:
             model.eval()
             with torch.random.fork_rng(devices=[]):
-                check(step + 1, losses)
+                ended = check(step + 1, losses)
+            if ended:
+                break
             model.train()
     model.eval()
     return losses

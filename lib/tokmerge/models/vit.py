@@ -32,7 +32,7 @@ class MergedViT(MergedClassifier):
     """A timm VisionTransformer that merges tokens as a policy says. Made by `patch`; attributes as of its base."""
 
     def __init__(self, model: Any, policy: Policy | None, precision: str, split_layer: int | None) -> None:
-        self.has_class_token = model.cls_token is not None
+        self.has_class_token, self.classifies = model.cls_token is not None, model.num_classes > 1
         super().__init__(model, policy, precision, split_layer, len(model.blocks), model.num_prefix_tokens)
         self.embed_dim, self.n_patches = model.embed_dim, model.patch_embed.num_patches
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from tokmerge.io import paths, store
 
-FASHION_VIT, FASHION_VIT_FULL = "fashion-vit", "fashion-vit-full"
-# Their files. The first met pooled and partial token grids in its training, the second went on for epochs on full ones.
-SHIPPED = {FASHION_VIT: "fashion_vit_taught", FASHION_VIT_FULL: "fashion_vit"}
+FASHION_VIT, FASHION_VIT_TAUGHT = "fashion-vit", "fashion-vit-taught"
+# Their files. The second met pooled and partial token grids in its training, the first has unlearned that.
+SHIPPED = {FASHION_VIT: "fashion_vit", FASHION_VIT_TAUGHT: "fashion_vit_taught"}
 # Mean and standard deviation of the 60,000 training photos' pixels, in [0, 1].
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
 

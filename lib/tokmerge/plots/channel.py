@@ -6,15 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SCHEME_STYLES = {
-    "unmerged": ("#333333", "-"),
-    "cut off": ("#999999", "--"),
-    "fixed ratio": ("#E69F00", "-"),
-    "adaptive": ("#0072B2", "-"),
-    "jpeg": ("#CC79A7", ":"),
-    "webp": ("#882255", ":"),
-    "analog cut off": ("#D55E00", "--"),
-    "analog adaptive": ("#009E73", "-"),
-    "learned adaptive": ("#56B4E9", "-"),
+    "unmerged": ("#333333", "-", "*"),
+    "cut off": ("#999999", "--", "x"),
+    "fixed ratio": ("#E69F00", "-", "s"),
+    "adaptive": ("#0072B2", "-", "o"),
+    "jpeg": ("#CC79A7", ":", "^"),
+    "webp": ("#882255", ":", "v"),
+    "analog cut off": ("#D55E00", "--", "P"),
+    "analog adaptive": ("#009E73", "-", "D"),
+    "learned adaptive": ("#56B4E9", "-.", "h"),
 }
 
 
@@ -22,8 +22,8 @@ def draw_link(ax: Axes, table: pd.DataFrame) -> None:
     """Accuracy against SNR with 95 % bands: columns snr_db, family, top1, top1_half."""
     for family in dict.fromkeys(table.family):
         part = table[table.family == family].sort_values("snr_db")
-        color, line = SCHEME_STYLES[family]
-        ax.plot(part.snr_db, 100 * part.top1, line, color=color, label=family, marker=".")
+        color, line, marker = SCHEME_STYLES[family]
+        ax.plot(part.snr_db, 100 * part.top1, line, color=color, label=family, marker=marker, ms=4)
         low, high = 100 * (part.top1 - part.top1_half), 100 * (part.top1 + part.top1_half)
         ax.fill_between(part.snr_db, low, high, color=color, alpha=0.12)
     ax.set(xlabel="SNR (dB)", ylabel="top-1 (%)")
@@ -41,15 +41,16 @@ def draw_trace(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def draw_sweeps(sweeps: pd.DataFrame, title: str) -> Figure:
-    """`draw_link` of up to eight sweeps, a panel each: columns sweep and uses (0: not one number) as well."""
+    """`draw_link` of up to nine sweeps, a panel each: columns sweep and uses (0: not one number) as well."""
     names = sweeps.sweep.unique()
-    fig, axes = plt.subplots(2, 4, figsize=(15, 6.4), sharex=True, sharey=True)
+    fig, axes = plt.subplots(3, 3, figsize=(13, 9.6), sharex=True, sharey=True)
     for ax in axes.flat[len(names) :]:
         ax.remove()
     for ax, name in zip(axes.flat, names, strict=False):
         part = sweeps[sweeps.sweep == name]
         draw_link(ax, part)
-        ax.set_title(name + (f", {part.uses.iloc[0]:,} uses" if part.uses.iloc[0] else ""))
-    axes[0, 0].set_title(f"{title}: {names[0]} uses")
+        uses = part.uses.iloc[0]
+        ax.set_title(f"{name.removesuffix(f' {uses}')}, {uses:,} uses" if uses else name, fontsize=9)
+    fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     return fig

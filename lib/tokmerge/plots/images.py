@@ -1,13 +1,29 @@
 """Figures of image classification: what merging buys, who costs what, and where to cut the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from tokmerge.plots.style import AXIS_LABELS, COLORS, draw_points, shades
+from tokmerge.plots.style import AXIS_LABELS, COLORS
+
+# Methods of images; those that are cut after some block are ours, too.
+OURS = ("threshold", "size-aware threshold", "confidence threshold", "capped threshold", "relative threshold")
+GROUPS = {
+    "ours": OURS,
+    "published": ("ToMe", "PiToMe", "ToFu", "AdaMerge", "DiffRate", "attention pruning", "DyMU"),
+    "cheap": (
+        "ToMe on tokens",
+        "size-aware ToMe",
+        "one threshold",
+        "fixed r",
+        "window pooling",
+        "keep rates",
+        "random pruning",
+    ),
+}
 
 
 def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
@@ -36,22 +52,6 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
     top1 = sweep[sweep.method == "unmerged"].top1.item()
     ax.axhline(100 * top1, color=COLORS["unmerged"], lw=0.9, ls="--", label="unmerged")
     ax.set(xlabel=AXIS_LABELS[column], xlim=(0, 1.02))
-
-
-def draw_methods(ax: Axes, points: pd.DataFrame, column: str) -> None:
-    """The drop of top-1 against a ratio of costs, a colour per method; ours in front.
-
-    Columns method, kind ("ours" or other), searched (or a grid of its one number), top1_drop, top1_drop_sem and the
-    ratio, ``column``.
-    """
-    for method, shade in shades(points.method).items():
-        part = points[points.method == method]
-        draw_points(
-            ax, part[column], 100 * part.top1_drop, 196 * part.top1_drop_sem, part.kind.iloc[0] == "ours", small=4,
-            label=method, color=shade, fmt="o" if part.searched.iloc[0] else "s",
-        )  # fmt: skip
-    ax.axhline(0.5, color=COLORS["unmerged"], lw=0.8, ls="--")
-    ax.set(xlabel=AXIS_LABELS[column], xlim=(0, None))
 
 
 def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame) -> None:
@@ -102,3 +102,73 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) 
             axes[1].plot(part.split_layer, macs / 1e6, marker, ms=3, **look)
     axes[1].set(xlabel="blocks on the device", ylabel="million MACs per image")
     axes[1].legend(fontsize=7)
+
+
+def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> None:
+    """What each method's chosen points cost: the median over seeds and the range; beside it the loss on test images.
+
+    Args:
+        axes: one for each cost.
+        chosen: rows of `tokmerge.evaluation.selection.summarise` with columns top1_drop and drop_ci95.
+        groups: methods by the name of their group.
+    """
+    looks = dict(zip(groups, ((COLORS["threshold"], "o"), (COLORS["fixed r"], "s"), ("0.45", "^")), strict=False))
+    for ax, (cost, part) in zip(axes, chosen.groupby("cost", sort=False), strict=True):
+        ranked = pd.concat([part[part.method.isin(names)].sort_values("value") for names in groups.values()])
+        for place, row in enumerate(ranked.itertuples()):
+            group = next(name for name, names in groups.items() if row.method in names)
+            color, marker = looks[group]
+            ax.plot([row.low, row.high], [place, place], color=color, lw=2.5, alpha=0.35, solid_capstyle="butt")
+            ax.plot(
+                row.value, place, marker, color=color, ms=6, label=group if row.method == groups[group][0] else None
+            )
+            loss = "not within" if row.value == 1 else f"{100 * row.top1_drop:.1f} ± {100 * row.drop_ci95:.1f}"
+            ax.annotate(loss, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+        ax.set(yticks=range(len(ranked)), xlabel=AXIS_LABELS[str(cost)])
+        ax.set_yticklabels(ranked.method, fontsize=8)
+        ax.invert_yaxis()
+        best = part.loc[part.value.idxmin()]
+        ax.set_title(f"fewest: {best.method}, {best.value:.2g}", fontsize=9)
+        ax.annotate("loss on test\n(points)", (1.01, 1.0), xycoords="axes fraction", va="bottom", fontsize=7)
+    axes[-1].set_xscale("log")
+    low, high = axes[-1].get_xlim()
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0) if low <= tick <= high]
+    axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[-1].set_xticks([], minor=True)
+    once = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+    axes[0].figure.legend(once.values(), once, loc="lower center", ncols=len(groups), bbox_to_anchor=(0.5, -0.06))
+
+
+def draw_gains(ax: Axes, gains: pd.DataFrame) -> None:
+    """What adaptivity buys, with its 95 % interval: columns method, cost, against, gain and gain_ci95 (as shares)."""
+    looks = {"same counts": (COLORS["threshold"], "o"), "window pooling": (COLORS["fixed r"], "s")}
+    kept = {"macs_ratio": "fewest MACs", "bytes_ratio": "fewest bytes"}
+    labels = list(dict.fromkeys(zip(gains.method, gains.cost, strict=True)))
+    for shift, (against, (color, marker)) in zip((-0.12, 0.12), looks.items(), strict=True):
+        part = gains[gains.against == against]
+        pays = f"pays beyond doubt at {(part.gain > part.gain_ci95).sum()} of {len(part)}"
+        places = [labels.index(label) + shift for label in zip(part.method, part.cost, strict=True)]
+        ax.errorbar(
+            100 * part.gain, places, xerr=100 * part.gain_ci95, fmt=marker, color=color, ms=5, lw=1.2,
+            label=f"against {against}: {pays}",
+        )  # fmt: skip
+    ax.axvline(0, color=COLORS["unmerged"], lw=0.8, ls="--")
+    ax.set(yticks=range(len(labels)), xlabel="gain of adaptivity (points of accuracy)")
+    ax.set_yticklabels([f"{method}, {kept[cost]}" for method, cost in labels], fontsize=8)
+    ax.invert_yaxis()
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.2))
+
+
+def draw_budgets(ax: Axes, budgets: pd.DataFrame) -> None:
+    """What adaptivity buys as budgets shrink: columns method, macs_ratio, gain and gain_ci95 (as shares)."""
+    colors = (COLORS["threshold"], COLORS["fixed r"], COLORS["accent"])
+    looks = zip(budgets.groupby("method", sort=False), colors, "osD", strict=False)
+    for (method, part), color, marker in looks:
+        part = part.sort_values("macs_ratio")
+        ax.errorbar(
+            part.macs_ratio, 100 * part.gain, 100 * part.gain_ci95, fmt=f"{marker}-", color=color, ms=5, lw=1.2,
+            label=method,
+        )  # fmt: skip
+    ax.axhline(0, color=COLORS["unmerged"], lw=0.8, ls="--")
+    ax.set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="gain over same counts\n(points of accuracy)")
+    ax.legend(fontsize=7)

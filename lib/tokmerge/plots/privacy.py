@@ -17,7 +17,7 @@ LEAKAGE_LABELS = {
     "fsim": "FSIM of the reconstruction",
     "distance": "distance in the ViT's features",
     "relative": "task accuracy on reconstructions / clean",
-    "matched": "original found among its class",
+    "identified": "original found among its class",
     "bytes": "payload bytes per image",
     "server_hit": "the server's top-1",
 }
@@ -25,10 +25,10 @@ LEAKAGE_LABELS = {
 DEFENCE_STYLES = (
     ("merged, ", "^", COLORS["threshold"]),
     ("merged", "o", COLORS["threshold"]),
-    ("ToMe", "s", COLORS["fixed r"]),
+    ("same counts", "s", COLORS["fixed r"]),
     ("pruned", "v", COLORS["accent"]),
     ("class token", "D", COLORS["search"]),
-    ("unmerged, ", "x", COLORS["unmerged"]),
+    ("cut off", "x", "0.5"),
     ("unmerged", "*", COLORS["unmerged"]),
 )
 

@@ -7,31 +7,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from tokmerge.plots.merge_maps import draw_saved_map
-from tokmerge.plots.style import AXIS_LABELS, COLORS, draw_points, shades
+from tokmerge.plots.style import shades
 
 # Methods with a threshold for every layer; "one threshold" for all of them is a peer.
-OURS = ("threshold", "local threshold")
-
-
-def draw_answering(axes: Sequence[Axes], points: pd.DataFrame, limit: float) -> None:
-    """The loss of accuracy against MACs and against bytes, a colour per method; a line marks a loss in points.
-
-    Columns method, precision, drop, drop_ci95, macs_ratio, bytes_ratio; of one set of questions.
-    """
-    for ax, cost in zip(axes, ("macs_ratio", "bytes_ratio"), strict=True):
-        for method, shade in shades(points.method).items():
-            part = points[points.method == method]
-            for few, rows in part.groupby(part.precision.isin(["int8", "int4"])):
-                draw_points(
-                    ax, rows[cost], 100 * rows["drop"], 100 * rows.drop_ci95, method in OURS, small=4.5,
-                    label=None if few else method, color=shade, fmt="v" if few else "o",
-                )  # fmt: skip
-        ax.axhline(limit, color=COLORS["unmerged"], lw=0.8, ls="--")
-        ax.set_xlabel(AXIS_LABELS[cost])
-    axes[0].set_xlim(0, 1.05)
-    axes[1].set_xscale("log")
-    axes[0].set_ylabel("loss of accuracy (points)")
-    axes[1].legend(fontsize=7, title="triangles: int8, int4", title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+QUESTION_OURS = ("threshold", "local threshold")
+QUESTION_GROUPS = {
+    "ours": QUESTION_OURS,
+    "published": ("ToMe", "ToMe constant", "PiToMe", "DyMU", "PruMerge", "PruMerge+", "VisionZip", "FastV"),
+    "cheap": ("ToMe on tokens", "one threshold", "window pooling", "attention pruning", "attention, last layer",
+              "random pruning"),
+}  # fmt: skip
 
 
 def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
@@ -58,7 +43,7 @@ def draw_per_photo(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     ):
         for point, part in table.assign(value=values).groupby("point", sort=False):
             method = part.method.iloc[0]
-            ours = method in OURS
+            ours = method in QUESTION_OURS
             ax.plot(
                 part.photos, part.value, "o-" if ours else "s--", ms=3, lw=1.4 if ours else 0.8,
                 color=colors[method], label=method if point in named else None,

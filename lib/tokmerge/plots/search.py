@@ -16,10 +16,10 @@ def draw_front(
     """A front in its three pairwise projections, with all completed trials and with the grid baselines.
 
     Columns macs_ratio, bytes_ratio and the accuracy axis, which is drawn up to its ``worst`` value; grids also have
-    method ("uniform" or "fixed r").
+    method ("one threshold" or "fixed r").
     """
     projections = (("macs_ratio", axis), ("bytes_ratio", axis), ("macs_ratio", "bytes_ratio"))
-    names = {"uniform": "one threshold", "fixed r": "fixed r (ToMe)"}
+    names = {"one threshold": "one threshold", "fixed r": "fixed r (ToMe)"}
     for ax, (x, y) in zip(axes, projections, strict=True):
         ax.scatter(trials[x], trials[y], s=9, color="0.75", label="trials")
         for method, part in grids.groupby("method", sort=False):
@@ -64,3 +64,28 @@ def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
     ax.set(xlabel="evaluations", ylabel="hypervolume missing (%)", yscale="log", yticks=[3, 10, 30, 100])
     ax.yaxis.set_major_formatter("{x:g}")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float) -> None:
+    """What a search is worth on images it did not see: MACs of each method's choice, and what it loses there.
+
+    Columns method, seed, cost, rule, value, top1_drop: by the rule "chosen" a point is chosen on those images, by
+    "promised" on the search's own, so as to lose at most ``max_drop``. The median over the seeds and the range.
+    """
+    rows = choices[choices.cost == "macs_ratio"]
+    order = rows[rows.rule == "chosen"].groupby("method").value.median().sort_values().index
+    looks = {"chosen": ("chosen on select images", COLORS["search"], "o"),
+             "promised": ("chosen on search images alone", COLORS["fixed r"], "s")}  # fmt: skip
+    for ax, column, scale in zip(axes, ("value", "top1_drop"), (1, 100), strict=True):
+        for shift, (rule, (label, color, marker)) in zip((-0.15, 0.15), looks.items(), strict=True):
+            over = rows[rows.rule == rule].groupby("method")[column].agg(["median", "min", "max"]).loc[order] * scale
+            places = np.arange(len(order)) + shift
+            ax.hlines(places, over["min"], over["max"], color=color, lw=2.5, alpha=0.35)
+            ax.plot(over["median"], places, marker, color=color, ms=5, label=label)
+        ax.set(yticks=range(len(order)), yticklabels=order)
+        ax.invert_yaxis()
+    axes[0].set_xlabel(AXIS_LABELS["macs_ratio"])
+    axes[1].axvline(100 * max_drop, color=COLORS["unmerged"], lw=0.8, ls="--")
+    axes[1].set_xlabel("loss on select images (points)")
+    drawn = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*drawn, loc="lower center", bbox_to_anchor=(0.5, -0.06), ncols=2)

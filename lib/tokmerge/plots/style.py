@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokmerge.io import store
@@ -20,16 +19,16 @@ COLORS = {
     "accent": "#D55E00",
     "search": "#009E73",
     "ax": "#009E73",
-    "ax schedule": "#56B4E9",
-    "ax per block": "#332288",
-    "ax curve start": "#F0E442",
-    "ax keys": "#117733",
-    "ax shares": "#999999",
-    "ax kl": "#882255",
-    "ax top-1": "#44AA99",
+    "three knots": "#56B4E9",
+    "per block": "#332288",
+    "keys": "#117733",
+    "kl": "#882255",
+    "margin": "#F0E442",
+    "disagreement": "#999999",
+    "top-1": "#44AA99",
     "sobol": "#CC79A7",
     "nsga2": "#D55E00",
-    "uniform": "#0072B2",
+    "one threshold": "#0072B2",
 }
 AXIS_LABELS = {
     "kl": "KL(unmerged || merged)",
@@ -68,12 +67,6 @@ def shades(names: Iterable[Any]) -> dict[Any, np.ndarray]:
     """A colour for each of many names, in the order in which they first appear."""
     once = list(dict.fromkeys(names))
     return dict(zip(once, colormaps["tab20"](np.arange(len(once)) % 20), strict=True))
-
-
-def draw_points(ax: Axes, x: Any, y: Any, half: Any, ours: bool, small: float, **look: Any) -> None:
-    """Points with 95 % intervals of this half width; ours are larger, have a black edge and stand in front."""
-    edge: dict[str, Any] = {"ms": 6, "mec": "black", "zorder": 3} if ours else {"ms": small, "mec": "none", "zorder": 2}
-    ax.errorbar(x, y, half, elinewidth=0.6, mew=0.7, **edge, **look)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -204,17 +204,17 @@ def classifier_target(
 
 
 def public_images(inputs: Inputs, source: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W), as the model takes them, and labels (n,) that are in neither search nor test split.
+    """Images (n, C, H, W), as the model takes them, and labels (n,) that are in none of search, select and test.
 
     Raises:
         ValueError: the split has not enough of them.
     """
     given = inputs.facts["params"]
     images = load_images(given["dataset"], source, path=given["data_path"], data_dir=paths.root() / "data")
-    taken = set(inputs.splits.id)
+    taken = set(inputs.splits.id[inputs.splits.split != "train"])
     free = [position for position, identifier in enumerate(images.ids) if identifier not in taken]
     if len(free) < n:
-        raise ValueError(f"{images.name}, {source}, has {len(free)} images besides search and test, not {n}")
+        raise ValueError(f"{images.name}, {source}, has {len(free)} images besides search, select and test, not {n}")
     chosen = np.random.default_rng(seed).permutation(free)[:n]
     batch = image_sets.tensors(image_sets.subset(images, chosen), zoo.transform(inputs.model))
     assert not taken & set(batch.ids)

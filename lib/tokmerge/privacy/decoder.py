@@ -16,10 +16,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from tokmerge.merging.packed import Packed
-from tokmerge.models.training import adamw, train
+from tokmerge.models.training import train
 from tokmerge.privacy.defence import Distortion, receive_batches
 
 ATTACKERS = ("sequence", "grid", "map")
@@ -28,7 +29,9 @@ SSIM_WEIGHT = 0.05
 SSIM_EVERY = 4
 # Larger sizes share an embedding: log2 of the patches a token stands for.
 SIZE_LEVELS = 12
-CHECKS = 10
+# Of training until the loss of held-out images stops falling: better by this share counts; after so many checks that
+# are not, the rate falls by so much, and after so many falls training ends.
+BETTER, PATIENCE, FALL, FALLS = 0.003, 2, 0.3, 3
 
 
 def grid_encoding(side: int, width: int) -> Tensor:
@@ -159,49 +162,69 @@ def reconstruction_loss(rebuilt: Tensor, images: Tensor, every: int = 1) -> Tens
 
 
 def train_attacker(
-    attacker: Attacker, tokens: Packed, images: Tensor, distort: Distortion, *, steps: int, batch_size: int, lr: float,
-    seed: int, n_check: int = 128, description: str | None = None,
+    attacker: Attacker, tokens: Packed, images: Tensor, distort: Distortion, *, steps: int, check_every: int,
+    batch_size: int, lr: float, seed: int, n_check: int = 128, description: str | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """Train an attacker in place, where it lies; noise is drawn anew at every step.
+    """Train an attacker in place until it learns no more; noise is drawn anew at every step.
+
+    AdamW's rate falls when the loss of held-out images does not, three times; then training ends, and the weights are
+    those of the best check.
 
     Args:
         attacker: what is trained.
         tokens, images: intercepted tokens of n images, and those images, (n, C, H, W) uint8.
         distort: what happens on the way, such as `tokmerge.privacy.defence.Defence.receive`.
-        steps, batch_size, lr: of AdamW, whose rate rises for a tenth of the steps and then falls to zero.
+        steps: at most.
+        check_every: steps between looks at the held-out images; the rate rises until the first.
+        batch_size, lr: of AdamW.
         seed: of batches and noise.
         n_check: the last images, held out to watch convergence.
         description: shown beside the progress bar; None for no bar.
 
     Returns:
-        The curve: step, images (seen so far), loss (of the held-out images).
+        The curve: step, images (seen so far), loss (of the held-out images), lr.
 
     Raises:
-        ValueError: fewer images than a batch and the held-out ones.
+        ValueError: fewer images than a batch and the held-out ones, or fewer steps than one check takes.
     """
     n = len(images) - n_check
     if n < batch_size:
         raise ValueError(f"{len(images)} images are too few for batches of {batch_size} and {n_check} held out")
+    if steps < check_every:
+        raise ValueError(f"{steps} steps are fewer than the {check_every} between two checks")
     generator, device = torch.Generator().manual_seed(seed), next(attacker.parameters()).device
     held_out = tokens.images(torch.arange(n, n + n_check))
     attacker.adapt(distort(held_out, generator).to(device))
-    batches, curve = _shuffled_batches(n, batch_size, generator), []
+    batches = _shuffled_batches(n, batch_size, generator)
+    curve: list[dict[str, float]] = []
 
     def loss(step: int) -> Tensor:
         rows = next(batches)
         received = distort(tokens.images(rows), generator).to(device)
         return reconstruction_loss(attacker(received), images[rows].to(device) / 255, SSIM_EVERY)
 
-    def check(done: int, losses: list[float]) -> None:
+    optimizer = torch.optim.AdamW(attacker.parameters(), lr, weight_decay=0.01)
+    rising = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / check_every))
+    falling = ReduceLROnPlateau(optimizer, factor=FALL, patience=PATIENCE - 1, threshold=BETTER)
+    best: dict[str, Tensor] = {}
+
+    def check(done: int, losses: list[float]) -> bool:
         rebuilt = reconstruct(attacker, held_out, distort, batch_size, torch.Generator().manual_seed(seed))
         held = reconstruction_loss(rebuilt, images[n:] / 255).item()
-        curve.append({"step": done, "images": done * batch_size, "loss": held})
+        if not curve or held < min(row["loss"] for row in curve):
+            best.update({name: value.detach().clone() for name, value in attacker.state_dict().items()})
+        rate = optimizer.param_groups[0]["lr"]
+        curve.append({"step": done, "images": done * batch_size, "loss": held, "lr": rate})
+        falling.step(held)
+        # The schedule that rises would set the rate anew: its base falls with it.
+        rising.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        return optimizer.param_groups[0]["lr"] < lr * FALL ** (FALLS - 0.5)
 
-    optimization = adamw(attacker, lr, steps, weight_decay=0.01, warm_up=0.1)
     train(
-        attacker, loss, optimization, steps, clip=1.0, check=check, check_every=max(1, steps // CHECKS),
+        attacker, loss, ([optimizer], [rising]), steps, clip=1.0, check=check, check_every=check_every,
         description=description,
     )  # fmt: skip
+    attacker.load_state_dict(best)
     return pd.DataFrame(curve)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tokmerge import wire
-from tokmerge.merging.front import Front
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.notation import policy_from_json, policy_to_json
 from tokmerge.merging.packed import Layout, Packed, join
@@ -27,7 +26,7 @@ class Defence:
 
     >>> from tokmerge.merging.policies import Threshold
     >>> Defence.from_json(Defence("merged", Threshold([0.9, 1.0]), "int8").to_json()).policy
-    Threshold(thresholds=(0.9, 1.0), feature='tokens')
+    Threshold(thresholds=(0.9, 1.0), feature='tokens', size_aware=False)
     """
 
     name: str  #: what tables and figures call it
@@ -71,27 +70,6 @@ def add_noise(x: Tensor, layout: Layout, snr_db: float, generator: torch.Generat
     deviation = (power / layout.lengths.clamp(min=1) * 10 ** (-snr_db / 10)).sqrt()
     noise = torch.randn(x.shape, generator=generator, device="cpu").to(x.device)
     return x + noise * deviation[layout.image][:, None]
-
-
-def from_front(front: Front, max_drop: float, cost: str, name: str | None = None) -> Defence:
-    """The point of a front with the least cost ("bytes" or "macs") within a drop of top-1, else the most accurate one.
-
-    The defence is called ``name``, by default after the share of the bytes that are left.
-    """
-    fitting = front.within(max_drop) or (max(front.points, key=lambda point: point.top1),)
-    best = min(fitting, key=lambda point: (getattr(point, f"{cost}_ratio"), -point.top1))
-    return Defence(name or f"merged to {best.bytes_ratio:.1%}", best.policy)
-
-
-def decreasing_schedule(total: int, depth: int) -> tuple[int, ...]:
-    """Token counts per block that fall linearly to zero (ToMe's decreasing schedule) and add up to ``total``.
-
-    >>> decreasing_schedule(10, 4)
-    (5, 3, 2, 0)
-    """
-    share = [total * (depth - 1 - layer) * 2 / (depth * (depth - 1)) for layer in range(depth)]
-    ends = [round(sum(share[: layer + 1])) for layer in range(depth)]
-    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
 
 
 def collect_tokens(tokens: Callable[[Tensor], Packed], images: Tensor, batch_size: int) -> Packed:

@@ -57,15 +57,15 @@ def feature_distance(features: Callable[[Tensor], Tensor], images: Tensor, rebui
 def reidentify(images: Tensor, rebuilt: Tensor, groups: Tensor) -> pd.DataFrame:
     """Does each reconstruction find its original among the originals of its group, by squared pixel distance?
 
-    Images and reconstructions are (n, C, H, W), groups (n,), such as the class. Columns: matched, the original is the
-    nearest; chance, one over the originals to choose from; missing in groups of fewer than `FEWEST_CANDIDATES` images.
+    Images and reconstructions are (n, C, H, W), groups (n,), such as the class. Columns: identified, the original is
+    the nearest; chance, one over the originals to choose from; missing in groups of fewer than `FEWEST_CANDIDATES`.
     """
-    found = pd.DataFrame(np.nan, range(len(images)), ["matched", "chance"])
+    found = pd.DataFrame(np.nan, range(len(images)), ["identified", "chance"])
     for group in groups.unique():
         rows = (groups == group).nonzero().flatten()
         if len(rows) >= FEWEST_CANDIDATES:
             nearest = torch.cdist(rebuilt[rows].flatten(1).double(), images[rows].flatten(1).double()).argmin(1)
-            found.loc[rows.numpy(), "matched"] = (nearest == torch.arange(len(rows))).double().numpy()
+            found.loc[rows.numpy(), "identified"] = (nearest == torch.arange(len(rows))).double().numpy()
             found.loc[rows.numpy(), "chance"] = 1 / len(rows)
     return found
 

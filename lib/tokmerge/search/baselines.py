@@ -5,7 +5,8 @@ A method is a generator: it yields configurations, a batch at a time, and is sen
 folder replays what has been measured and goes on.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from pymoo.problems.static import StaticProblem
 
 from tokmerge.evaluation.objective import COSTS
 from tokmerge.evaluation.workers import Run
+from tokmerge.merging.matching import Policy
+from tokmerge.merging.peers import WindowPooling
 from tokmerge.merging.policies import Threshold, TopR
 from tokmerge.models.configuration import Configuration, to_json
-from tokmerge.search.space import LOWEST_COSINE, Space
+from tokmerge.search.space import Space, cosines
 from tokmerge.search.trials import COMPLETED, AskTell, Trial
 
 Method = Generator[list[tuple[dict[str, float], Configuration]], np.ndarray, None]
@@ -49,9 +52,9 @@ def grid(configurations: Sequence[Configuration]) -> Method:
 
 
 def uniform(n: int) -> list[Configuration]:
-    """One cosine threshold for all blocks, n of them from 1 downwards."""
-    thresholds = np.linspace(LOWEST_COSINE, 1.0, n, endpoint=False)
-    return [Configuration(Threshold(float(tau))) for tau in _scattered(thresholds)]
+    """One cosine threshold for all blocks, n of them, spread as `tokmerge.search.space.threshold_space` does."""
+    roots = np.linspace(1.0, 0.0, n, endpoint=False)
+    return [Configuration(Threshold(tau)) for tau in cosines(list(map(float, _scattered(roots))))]
 
 
 def fixed_r(depth: int, n_tokens: int, n: int) -> list[Configuration]:
@@ -63,6 +66,46 @@ def fixed_r(depth: int, n_tokens: int, n: int) -> list[Configuration]:
     linear = [tuple(int(r) for r in np.linspace(first, last, depth).round()) for first, last in _scattered(ends)]
     distinct = list(dict.fromkeys(schedule for schedule in constant + linear if any(schedule)))
     return [Configuration(TopR(schedule)) for schedule in distinct[:n]]
+
+
+def three_stages(method: Callable[[tuple[int, ...]], Policy], depth: int, n_tokens: int, n: int) -> list[Configuration]:
+    """EViT's schedule: a share of the tokens is kept after a fourth, a half and three fourths of the blocks.
+
+    Args:
+        method: takes the number of tokens that go at every block.
+        depth, n_tokens: blocks, and tokens that may go.
+        n: how many shares, evenly spread, 0.7 (the method's own) among them.
+    """
+    shares, configurations = np.linspace(0.98, 0.2, n - 1), []
+    for keep in (0.7, *shares):
+        left, r = n_tokens, [0] * depth
+        for stage in (1, 2, 3):
+            r[stage * depth // 4] = left - round(left * keep)
+            left = round(left * keep)
+        configurations.append(Configuration(method(tuple(r))))
+    return configurations
+
+
+def pooling(depth: int, n: int) -> list[Policy]:
+    """Content-blind pooling of the patch grid, n of its ways, evenly spread over the tokens that are computed.
+
+    Up to four times, at any blocks, half of the columns and then half of the rows go.
+    """
+    plans = [plan for times in range(1, 5) for plan in combinations_with_replacement(range(depth), times)]
+
+    def computed(plan: tuple[int, ...]) -> float:
+        return sum(0.5 ** sum(at <= block for at in plan) for block in range(depth))
+
+    ordered = sorted(plans, key=lambda plan: (computed(plan), plan))
+    chosen = [ordered[place] for place in np.linspace(0, len(ordered) - 1, n).round().astype(int)]
+    found: list[Policy] = []
+    for plan in dict.fromkeys(chosen):
+        rows, columns = [1] * depth, [1] * depth
+        for number, block in enumerate(plan):
+            # Windows are counted in patches: the second halving of a side takes four.
+            (rows if number % 2 else columns)[block] = 2 ** (number // 2 + 1)
+        found.append(WindowPooling(rows, columns))
+    return found
 
 
 def _scattered(grid: Sequence[Any] | np.ndarray) -> list[Any]:

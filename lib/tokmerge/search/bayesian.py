@@ -3,16 +3,18 @@
     with workers.start(objective, load, n_workers) as evaluate:
         table = Search(folder, space, Settings()).run(evaluate, 64, at_once=4)
 
-Nothing is lost when the process is killed: proposed trials are in Ax's own snapshot (``ax.json``) before they are
-evaluated, ended ones in ``trials.parquet`` before the next one starts, and opening the folder again goes on with what
-an uninterrupted search would have done.
+Nothing is lost when the process is killed: proposed trials are in ``proposed.json`` before they are evaluated, ended
+ones in ``trials.parquet`` before the next one starts, and opening the folder again goes on with what an uninterrupted
+search would have done. Ax's own snapshot is not kept: to write and read it takes longer than to propose.
 """
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from tokmerge.evaluation.objective import AXES, COSTS
 from tokmerge.io import store
 from tokmerge.search import pareto
 from tokmerge.search.space import Space
-from tokmerge.search.trials import COMPLETED, FAILED, AskTell, Trial
+from tokmerge.search.trials import COMPLETED, AskTell, Trial
 
 set_stderr_log_level(logging.ERROR)
 # Exact values have no noise, and the models say so at every fit.
@@ -100,20 +102,12 @@ class Search(AskTell):
         # How many failures are borne changes no trial.
         how = {name: value for name, value in asdict(settings).items() if name != "max_failures"}
         super().__init__(folder, {**about, "space": space.about, **how}, settings.max_failures)
-        self._snapshot = self.folder / "ax.json"
-        if not self._snapshot.exists():
-            if self.n:
-                raise ValueError(f"{self._snapshot} is gone, and its {self.n} trials are there: {self.remedy}")
-            self._save(begin(space, settings))
-        self._check_snapshot()
-        self._pending = self._running(self.client)
+        self._proposed = self.folder / "proposed.json"
 
     @property
     def client(self) -> Client:
         """Ax's client, with every trial told so far."""
-        # From the snapshot the last proposals were saved in, and the table: always this way, and a search that was
-        # left proposes what an uninterrupted one does. Ax's snapshot rounds results, the table does not.
-        client = self._load()
+        client = self._attached
         for index in [trial.index for trial in self._running(client) if trial.index in self._rows]:
             row = self._rows[index]
             if row["status"] == COMPLETED:
@@ -122,24 +116,21 @@ class Search(AskTell):
                 client.mark_trial_failed(index, failed_reason=row["reason"])
         return client
 
-    def _load(self) -> Client:
-        try:
-            return Client.load_from_json_file(str(self._snapshot))
-        except Exception as error:  # whatever a damaged file does to Ax
-            raise ValueError(f"{self._snapshot} cannot be read ({error}): {self.remedy}") from error
-
-    def _check_snapshot(self) -> None:
-        """Raise ValueError if Ax's snapshot and the table are not of the same trials."""
-        told = self._load().summarize().to_dict("records")
-        for row in told:
-            index, status = int(row["trial_index"]), str(row["trial_status"]).lower()
-            if status in (COMPLETED, FAILED) and index not in self._rows:
-                raise ValueError(f"{self._path} lacks trial {index}, which {self._snapshot} has: {self.remedy}")
-            if any(name not in row for name in self.space.bounds):
-                raise ValueError(f"{self._snapshot} is of another search: {self.remedy}")
-            self._compare(index, {name: float(row[name]) for name in self.space.bounds})
-        if beyond := sorted(set(self._rows) - {int(row["trial_index"]) for row in told}):
-            raise ValueError(f"{self._snapshot} lacks trial {beyond[0]}, which {self._path} has: {self.remedy}")
+    @cached_property
+    def _attached(self) -> Client:
+        """A client that proposes what the one proposes that the search was left with: its trials, attached anew."""
+        client = begin(self.space, self.settings)
+        asked = {trial.index: dict(trial.parameters) for trial in self._running(client)}
+        n_start = len(asked)
+        if self._proposed.exists():
+            asked |= {int(index): parameters for index, parameters in store.load_json(self._proposed).items()}
+        for index in sorted({*asked, *self._rows}):
+            row = self._rows.get(index, {})
+            parameters = asked.get(index) or {name: row.get(name, math.nan) for name in self.space.bounds}
+            self._compare(index, parameters)
+            if index >= n_start and client.attach_trial(parameters) != index:
+                raise ValueError(f"{self._path} has trial {index}, but not all before it: {self.remedy}")
+        return client
 
     @property
     def hypervolume(self) -> float:
@@ -154,12 +145,14 @@ class Search(AskTell):
 
     def _propose(self, n: int) -> list[Trial]:
         start = time.monotonic()
-        client = self.client
-        # The snapshot does not keep a seed either: every step has its own.
+        if left := self._running(client := self.client):
+            return left
+        # Every step has a seed of its own, so that a search that was left goes on with the same random numbers.
         with with_rng_seed(self.settings.seed * 1_000_003 + self.n):
             client.get_next_trials(n)
-        self._save(client)
         proposed = self._running(client)
+        kept = store.load_json(self._proposed) if self._proposed.exists() else {}
+        store.save_json(kept | {str(trial.index): dict(trial.parameters) for trial in proposed}, self._proposed)
         self._ask_seconds = (time.monotonic() - start) / len(proposed)
         return proposed
 
@@ -177,10 +170,6 @@ class Search(AskTell):
             origin = "curve" if index < curve else "sobol" if index < curve + self.settings.n_sobol else "model"
             trials.append(Trial(index, origin, choice, self.space.configuration(choice)))
         return trials
-
-    def _save(self, client: Client) -> None:
-        with store.writing(self._snapshot) as temporary:
-            client.save_to_json_file(str(temporary))
 
 
 def begin(space: Space, settings: Settings) -> Client:

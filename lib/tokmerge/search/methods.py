@@ -1,9 +1,10 @@
 """Who competes: every method's own search space, so that all can be searched with the same budget, or its grid.
 
 A schedule over the depth makes a method stronger than one number for all blocks; comparing searched thresholds with
-anything but searched peers would not be fair. For images, counts are searched as shares of what the tokens present
-could lose to a bipartite match, half of them: no method may lose more. For questions, all share the engine, the
-positions and weights of merged tokens in the language model, and the payload.
+anything but searched peers would not be fair. For images, counts are searched by the square root of the share of what
+the tokens present could lose to a bipartite match, half of them (no method may lose more), and thresholds by the square
+root of how far they are below 1: so equally spread points spread over the cost. For questions, all share the engine,
+the positions and weights of merged tokens in the language model, and the payload.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +15,25 @@ from typing import Any
 import numpy as np
 
 from tokmerge.merging.matching import Policy
-from tokmerge.merging.peers import AdaMerge, AttentionPruning, OutlierMerging, RandomPruning, StaticRates, ToFu
+from tokmerge.merging.peers import (
+    AdaMerge,
+    AttentionPruning,
+    DominantMerging,
+    OutlierMerging,
+    RandomPruning,
+    StaticRates,
+    ToFu,
+)
 from tokmerge.merging.policies import PiToMe, Threshold, TopR
-from tokmerge.merging.thresholds import CappedThreshold, LocalThreshold, RelativeThreshold
+from tokmerge.merging.thresholds import CappedThreshold, ConfidenceThreshold, LocalThreshold, RelativeThreshold
 from tokmerge.models.configuration import Configuration, LlavaConfiguration
 from tokmerge.models.language_model import Pruning
-from tokmerge.search.space import LOWEST_COSINE, Space, policy_space, threshold_space
+from tokmerge.search.baselines import pooling
+from tokmerge.search.space import FARTHEST, Space, cosines, policy_space, threshold_space
 
 SHARE = (0.0, 1.0)
+# How far below 1 thresholds of images go where sizes are allowed for.
+FARTHEST_SIZE_AWARE = 1.5
 # Of an even spread over the depth: a schedule may remove this many times as much at one layer.
 STEEPEST = 3.0
 
@@ -44,33 +56,58 @@ def image_spaces(
         raise ValueError(f"parameters is {parameters}: an even number from 4 is needed")
 
     def schedule(method: Callable[..., Policy], times: float = 1.0) -> Space:
-        def policy(share: Sequence[float]) -> Policy:
-            return method(tuple(round(times * r) for r in counts(share, n_tokens)))
+        def policy(root: Sequence[float]) -> Policy:
+            return method(tuple(round(times * r) for r in counts(squares(root), n_tokens)))
 
         settled = {"method": str(method((1,) * depth))}
-        return policy_space(depth, {"share": SHARE}, policy, parameters, settled=settled)
+        return policy_space(depth, {"root": SHARE}, policy, parameters, settled=settled)
 
     def static(prune: Sequence[float], merge: Sequence[float]) -> Policy:
-        lost = counts([share for both in zip(prune, merge, strict=True) for share in both], n_tokens)
+        roots = [root for both in zip(prune, merge, strict=True) for root in both]
+        lost = counts(squares(roots), n_tokens)
         return StaticRates(lost[::2], lost[1::2])
 
-    def capped(tau: Sequence[float], cap: Sequence[float]) -> Policy:
-        return CappedThreshold(tau, counts(cap, n_tokens))
+    def size_aware(root: Sequence[float]) -> Policy:
+        return Threshold(cosines(root, FARTHEST_SIZE_AWARE), size_aware=True)
 
-    half, cosine = parameters // 2, (LOWEST_COSINE, 1.0)
+    def confident(root: Sequence[float], unsure: float, sure: float) -> Policy:
+        below = cosines(root, FARTHEST_SIZE_AWARE)
+        return ConfidenceThreshold(below, unsure, sure, depth // 3, size_aware=True)
+
+    def capped(root: Sequence[float], cap: Sequence[float]) -> Policy:
+        return CappedThreshold(cosines(root), counts(squares(cap), n_tokens))
+
+    half, below = parameters // 2, {"root": SHARE}
     return {
-        "threshold": threshold_space("cosine", depth, knots=parameters),
-        "capped threshold": policy_space(depth, {"tau": cosine, "cap": SHARE}, capped, half),
+        "threshold": threshold_space(depth, parameters),
+        "size-aware threshold": policy_space(
+            depth, below, size_aware, parameters, settled={"size-aware": FARTHEST_SIZE_AWARE}
+        ),
+        "confidence threshold": policy_space(
+            depth,
+            below,
+            confident,
+            parameters - 2,
+            settled={"confidence": FARTHEST_SIZE_AWARE},
+            scalars={"unsure": (0.0, 1.0), "sure": (1.0, 2.0)},
+        ),
+        "capped threshold": policy_space(depth, {**below, "cap": SHARE}, capped, half, settled={"farthest": FARTHEST}),
         "relative threshold": policy_space(depth, {"z": (-3.0, 3.0)}, RelativeThreshold, parameters),
         "ToMe": schedule(TopR),
         "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
-        "PiToMe": schedule(PiToMe),
+        "size-aware ToMe": schedule(partial(TopR, feature="tokens", size_aware=True)),
+        "PiToMe": schedule(partial(PiToMe, unprotected=0.5)),
         "ToFu": schedule(ToFu),
         # The share of r that an average image loses is one half.
         "AdaMerge": schedule(lambda r: AdaMerge(r, *statistics), 2.0),
         "DiffRate": policy_space(depth, {"prune": SHARE, "merge": SHARE}, static, half),
         "attention pruning": schedule(AttentionPruning),
     }
+
+
+def squares(roots: Sequence[float]) -> list[float]:
+    """Shares as they are searched, by their square roots."""
+    return [root * root for root in roots]
 
 
 def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Space:
@@ -108,10 +145,10 @@ def counts(shares: Sequence[float], n_tokens: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def cosines(roots: Sequence[float]) -> tuple[float, ...]:
-    """Thresholds as they are searched, by the cube root of how far down from 1 to -1: half of the range is above 0.75.
+def question_cosines(roots: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds of questions, by the cube root of how far down from 1 to -1: half of the range is above 0.75.
 
-    >>> cosines([0.0, 0.5, 1.0])
+    >>> question_cosines([0.0, 0.5, 1.0])
     (1.0, 0.75, -1.0)
     """
     return tuple(1 - 2 * root**3 for root in roots)
@@ -137,14 +174,14 @@ def question_spaces(depth: int, n_tokens: int, parameters: int, **options: Any) 
         def policy(r: Sequence[float]) -> Policy:
             return method(tuple(round(value) for value in r))
 
-        most, settled = STEEPEST * n_tokens / depth, {"method": method.__name__, **options}
+        most, settled = STEEPEST * n_tokens / depth, {"method": str(method((1,) * depth)), **options}
         return policy_space(depth, {"r": (0.0, most)}, policy, parameters, configure, settled=settled)
 
     def threshold(root: Sequence[float]) -> Policy:
-        return Threshold(cosines(root))
+        return Threshold(question_cosines(root))
 
     def local(root: Sequence[float], window: float) -> Policy:
-        return LocalThreshold(cosines(root), round(window))
+        return LocalThreshold(question_cosines(root), round(window))
 
     # Every integer from 2 to half the grid gets an equal part of the range.
     below, near = {"root": (0.0, 1.0)}, {"window": (1.5, n_tokens**0.5 // 2 + 0.5)}
@@ -152,7 +189,8 @@ def question_spaces(depth: int, n_tokens: int, parameters: int, **options: Any) 
         "threshold": policy_space(depth, below, threshold, parameters, configure, settled=options),
         "local threshold": policy_space(depth, below, local, parameters - 1, configure, settled=options, scalars=near),
         "ToMe": schedule(TopR),
-        "PiToMe": schedule(PiToMe),
+        "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
+        "PiToMe": schedule(partial(PiToMe, unprotected=0.5)),
     }
 
 
@@ -172,12 +210,18 @@ def question_grids(
     each = sorted({max(1, round(n_tokens * (1 - share) / depth)) for share in shares})
     late = [(*(0 for _ in range(depth - 1)), round(n_tokens * (1 - share))) for share in shares]
     after = sorted({min(layer, text_depth - 1) for layer in (1, 2)})
+    # The usual rule, 1.5, among them; VisionZip's ratio of dominant to contextual tokens, 54 to 10.
+    spreads = [1.5, *map(float, np.linspace(-0.9, 3.0, n - 1))]
+    budgets = [(round(0.84 * share * n_tokens), max(1, round(0.16 * share * n_tokens))) for share in shares]
     policies: dict[str, list[Policy]] = {
         "one threshold": [Threshold(float(tau)) for tau in np.linspace(0.995, 0.8, n)],
         "ToMe constant": [TopR(r) for r in each],
         "attention pruning": [AttentionPruning(r) for r in each],
         "attention, last layer": [AttentionPruning(r) for r in late],
-        "attention outliers": [OutlierMerging(depth - 1, float(spread)) for spread in np.linspace(-0.9, 3.0, n)],
+        "PruMerge": [OutlierMerging(depth - 1, spread) for spread in spreads],
+        "PruMerge+": [OutlierMerging(depth - 1, spread, samples=3) for spread in spreads],
+        "VisionZip": [DominantMerging(depth - 1, *few) for few in budgets],
+        "window pooling": pooling(depth, n),
         "random pruning": [RandomPruning(r) for r in each],
     }
     grids = {name: [LlavaConfiguration(policy, **options) for policy in some] for name, some in policies.items()}

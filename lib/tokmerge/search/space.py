@@ -1,6 +1,6 @@
 """Search spaces: a point is a few numbers between bounds, and stands for a configuration that can be evaluated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,8 @@ from tokmerge.merging.matching import Policy
 from tokmerge.merging.policies import Threshold
 from tokmerge.models.configuration import Configuration
 
-SCALES = ("calibrated", "cosine")
-# Raw cosines are searched from here to 1. Below, every layer of a trained model merges nearly all it can.
-LOWEST_COSINE = 0.5
+# How far below 1 cosine thresholds of images are searched: there, every layer merges nearly all it can.
+FARTHEST = 0.6
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Space:
     Raises:
         ValueError: a number of knots outside 2 to depth.
 
-    >>> space = threshold_space("cosine", depth=3, knots=2)
-    >>> space.configuration({"tau_00": 1.0, "tau_01": 0.5}).policy
-    Threshold(thresholds=(1.0, 0.75, 0.5), feature='tokens')
+    >>> space = threshold_space(depth=3, knots=2)
+    >>> space.configuration({"root_00": 0.0, "root_01": 1.0}).policy
+    Threshold(thresholds=(1.0, 0.85, 0.4), feature='tokens', size_aware=False)
     """
 
     depth: int
@@ -94,27 +93,33 @@ def policy_space(
 
 
 def threshold_space(
-    kind: str, depth: int, calibration: Calibration | None = None, knots: int | None = None, feature: str = "tokens"
+    depth: int, knots: int | None = None, feature: str = "tokens", calibration: Calibration | None = None
 ) -> Space:
-    """The thresholds of all blocks.
+    """The thresholds of all blocks, by the square root of how far they are below 1, so that costs spread evenly.
 
     Args:
-        kind: "calibrated": shares u of set A to merge, in [0, 1]. "cosine": cosine thresholds.
         depth, knots: as in `Space`.
-        calibration: maps shares to thresholds; needed by "calibrated".
-        feature: what the thresholds are compared with; the calibration is of the same.
+        feature: what the thresholds are compared with.
+        calibration: of the same feature; with it, shares u of set A to merge are searched instead.
 
     Raises:
-        ValueError: unknown kind, or a missing or unfitting calibration.
+        ValueError: a calibration of another depth.
     """
-    settled = {"calibration": None, "feature": feature}
-    if kind == "cosine":
-        bounds = {"tau": (LOWEST_COSINE, 1.0)}
-        return policy_space(depth, bounds, lambda tau: Threshold(tau, feature), knots, settled=settled)
-    if kind != "calibrated":
-        raise ValueError(f"unknown search space {kind!r}: use one of {', '.join(SCALES)}")
-    if calibration is None or len(calibration.quantiles) != depth:
-        raise ValueError(f"a calibrated space of {depth} blocks needs a calibration of {depth} layers")
-    settled["calibration"] = calibration.quantiles.mean(1).round(5).tolist()
+    if calibration is None:
+        settled = {"farthest": FARTHEST} | ({} if feature == "tokens" else {"feature": feature})
+        limits = {"root": (0.0, 1.0)}
+        return policy_space(depth, limits, lambda root: Threshold(cosines(root), feature), knots, settled=settled)
+    if len(calibration.quantiles) != depth:
+        raise ValueError(f"a space of {depth} blocks needs a calibration of {depth} layers")
+    settled = {"calibration": calibration.quantiles.mean(1).round(5).tolist(), "feature": feature}
     shares = {"u": (0.0, 1.0)}
     return policy_space(depth, shares, lambda u: Threshold(calibration.thresholds(u), feature), knots, settled=settled)
+
+
+def cosines(roots: Sequence[float], farthest: float = FARTHEST) -> tuple[float, ...]:
+    """Thresholds by the square root of how far they are below 1.
+
+    >>> cosines([0.0, 0.5, 1.0])
+    (1.0, 0.85, 0.4)
+    """
+    return tuple(1 - farthest * root * root for root in roots)

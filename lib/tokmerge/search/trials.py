@@ -55,7 +55,7 @@ class AskTell(ABC):
 
     @abstractmethod
     def _propose(self, n: int) -> list[Trial]:
-        """About n further trials; those that a search left and opened again has been told may be among them."""
+        """Trials that a search was left with, or else about n further ones."""
 
     @property
     def n(self) -> int:

@@ -1,0 +1,124 @@
+"""What is claimed, held against the numbers by rules that were written before the numbers were.
+
+params/claims.yaml cuts every claim into conditions on figures/numbers.json. A condition is met only if all of the
+number's interval is on the right side of its limit; a limit that is a number itself counts with its worst end. A claim
+is *held* if all its conditions are met, held *in part* if some are, *not held* if none is, and *untestable* if a number
+is missing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import yaml
+
+from tokmerge.io import paths
+
+VERDICTS = ("held", "in part", "not held", "untestable")
+
+
+class Estimate(NamedTuple):
+    """A number and the ends of its interval, which are the number itself where it has none."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Condition(NamedTuple):
+    """A number, by its key, has to be "≤" or "≥" a limit, which is a number or the key of one."""
+
+    what: str
+    key: str
+    comparison: str
+    limit: float | str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim on one set of data; see params/claims.yaml for the fields."""
+
+    name: str
+    claim: str
+    said_of: str
+    measured_on: str
+    notebook: str
+    protocol: str
+    conditions: tuple[Condition, ...]
+
+
+class Judged(NamedTuple):
+    """A verdict of `VERDICTS`; each condition in words with whether it is met; the first condition's number."""
+
+    verdict: str
+    conditions: list[tuple[str, bool | None]]
+    estimate: Estimate | None
+
+
+def load_claims(file: str) -> tuple[str, list[Claim]]:
+    """What a claims file says of itself, and its claims.
+
+    Raises:
+        ValueError: a field or comparison that is unknown, or two claims of one name.
+    """
+    content = yaml.safe_load(paths.resolve(file).read_text())
+    claims = []
+    for entry in content["claims"]:
+        try:
+            conditions = tuple(Condition(*condition) for condition in entry["conditions"])
+            claims.append(Claim(**{**entry, "conditions": conditions}))
+        except TypeError as error:
+            raise ValueError(f"{file}: claim {entry.get('name')!r}: {error}") from error
+        if bad := {condition.comparison for condition in conditions} - {"≤", "≥"}:
+            raise ValueError(f"{file}: claim {entry['name']!r}: unknown comparison {', '.join(bad)}: use ≤ or ≥")
+    names = [claim.name for claim in claims]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{file}: two claims are called {', '.join(sorted(twice))}")
+    return content["about"], claims
+
+
+def estimate(numbers: Mapping[str, Any], key: str) -> Estimate | None:
+    """A number with its interval: half under ``<key>_ci95`` or ``<key>.ci95``, or the ends ``.low`` and ``.high``.
+
+    >>> estimate({"a": 0.5, "a.ci95": 0.25, "b": 1}, "a"), estimate({"b": 1}, "b"), estimate({}, "c")
+    (Estimate(value=0.5, low=0.25, high=0.75), Estimate(value=1, low=1, high=1), None)
+    """
+    if (value := numbers.get(key)) is None:
+        return None
+    half = numbers.get(f"{key}_ci95", numbers.get(f"{key}.ci95", 0))
+    return Estimate(value, numbers.get(f"{key}.low", value - half), numbers.get(f"{key}.high", value + half))
+
+
+def judge(conditions: Sequence[Condition], numbers: Mapping[str, Any]) -> Judged:
+    """The verdict on a claim.
+
+    >>> judge([Condition("drop", "d", "≤", 0.01)], {"d": 0.005, "d.ci95": 0.004}).verdict
+    'held'
+    >>> judge([Condition("drop", "d", "≤", 0.01)], {"d": 0.005, "d.ci95": 0.006}).verdict
+    'not held'
+    """
+    said: list[tuple[str, bool | None]] = []
+    for what, key, comparison, limit in conditions:
+        found = estimate(numbers, key)
+        bound = estimate(numbers, limit) if isinstance(limit, str) else Estimate(limit, limit, limit)
+        if found is None or bound is None:
+            said.append((f"{what}: no number", None))
+            continue
+        met = found.high <= bound.low if comparison == "≤" else found.low >= bound.high
+        spread = f" ({found.low:.3g} to {found.high:.3g})" if found.low < found.high else ""
+        worst = bound.low if comparison == "≤" else bound.high
+        said.append((f"{what} {found.value:.3g}{spread}, to be {comparison} {worst:.3g}", met))
+    each = [one for _, one in said]
+    verdict = "untestable" if None in each else "held" if all(each) else "in part" if any(each) else "not held"
+    return Judged(verdict, said, estimate(numbers, conditions[0].key))
+
+
+def verdicts(claims: Sequence[Claim], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of all claims: ``claims.<name>.verdict``, and ``.value`` with ``.low`` and ``.high`` of the first."""
+    found: dict[str, Any] = {}
+    for claim in claims:
+        judged, key = judge(claim.conditions, numbers), f"claims.{claim.name}"
+        found[f"{key}.verdict"] = judged.verdict
+        if judged.estimate is not None:
+            found |= dict(zip((f"{key}.value", f"{key}.low", f"{key}.high"), judged.estimate, strict=True))
+    return found

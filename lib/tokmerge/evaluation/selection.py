@@ -1,0 +1,137 @@
+"""The rule that chooses a point, and never sees the test images.
+
+Trials are measured on *search*. Of every run, a method with one seed, as many go on to *select* as of every other: at
+each of some losses the trial with fewest MACs and the one with fewest bytes (`shortlist`). They are measured there,
+halving what is left, to find the cheapest that loses no more than is allowed (`halve`); that one is chosen (`choose`).
+A method is the median over its runs (`summarise`), and that run's point is what *test* sees. Where no trial stays
+within, what is left is not to merge: ratios of 1 and no loss.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tokmerge.evaluation.objective import COSTS
+
+RUN = ["method", "seed"]
+# Normal: there are thousands of images.
+Z95 = 1.959964
+# For rounding: a loss of one image in two hundred is half a point.
+SLACK = 1e-9
+
+
+def shortlist(trials: pd.DataFrame, axis: str, limits: Sequence[float]) -> pd.DataFrame:
+    """The trials of every run that *select* is to see: per limit and cost the cheapest, or else what loses least.
+
+    Args:
+        trials: rows with method, seed, the axis and `COSTS`, measured on *search*.
+        axis: what limits are of.
+        limits: losses.
+
+    >>> trials = pd.DataFrame({"method": "m", "seed": 0, "kl": [0.1, 0.2, 0.9], "macs_ratio": [0.5, 0.6, 0.1],
+    ...                        "bytes_ratio": [0.5, 0.4, 0.1]})
+    >>> shortlist(trials, "kl", [0.2]).index.tolist(), shortlist(trials, "kl", [0.0]).index.tolist()
+    ([0, 1], [0])
+    """
+    chosen: list[int] = []
+    for _, run in trials.groupby(RUN, sort=False):
+        within = [run[run[axis] <= limit] for limit in limits]
+        cheapest = [part[cost].idxmin() for part in within if len(part) for cost in COSTS]
+        chosen += dict.fromkeys(cheapest or [run[axis].idxmin()])
+    return trials.loc[chosen]
+
+
+def halve(
+    listed: pd.DataFrame, axis: str, measure: Callable[[dict[str, Any]], Mapping[str, Any]], max_drop: float,
+    drop: str = "top1_drop",
+) -> pd.DataFrame:  # fmt: skip
+    """What listed trials of one run do on *select*: for each cost the middle one, then that of the half that is left.
+
+    The cheaper half is left where the middle one stays within ``max_drop``, the dearer one else: of seven trials three
+    are measured.
+
+    Args:
+        listed: `shortlist`'s rows of a run; one that is dearer than another and loses as much on *search* is passed
+            over.
+        axis: the loss on *search*.
+        measure: what a row's trial does on *select*: columns ``drop`` and whatever else.
+        max_drop: as of `choose`.
+        drop: the column of the loss.
+
+    >>> listed = pd.DataFrame({"macs_ratio": [0.2, 0.5, 0.9], "bytes_ratio": [0.2, 0.5, 0.9], "kl": [0.02, 0.01, 0.0]})
+    >>> halve(listed, "kl", lambda row: {"top1_drop": row["kl"]}, 0.005).top1_drop.tolist()
+    [0.01, 0.0]
+    """
+    measured: dict[int, Mapping[str, Any]] = {}
+    rows = dict(zip(listed.index, listed.to_dict("records"), strict=True))
+    for cost in COSTS:
+        ordered = listed.sort_values([cost, axis], kind="stable")
+        left = ordered.index[ordered[axis] < ordered[axis].cummin().shift(fill_value=np.inf)].tolist()
+        while left:
+            middle = len(left) // 2
+            index = left[middle]
+            measured[index] = measured.get(index) or measure(rows[index])
+            left = left[:middle] if measured[index][drop] <= max_drop + SLACK else left[middle + 1 :]
+    return pd.DataFrame(list(measured.values()), index=list(measured))
+
+
+def choose(points: pd.DataFrame, max_drop: float, drop: str = "top1_drop") -> pd.DataFrame:
+    """For every run and cost the cheapest point that loses no more than ``max_drop`` on *select*.
+
+    Args:
+        points: rows with method, seed, `COSTS` and ``drop``, measured on *select*.
+        max_drop: in the units of ``drop``.
+        drop: the column of the loss.
+
+    Returns:
+        One row per run and cost (column ``cost``): the point's; where none stays within, a row with ``merged`` False,
+        ratios of 1 and no loss.
+
+    >>> points = pd.DataFrame({"method": "m", "seed": 0, "top1_drop": [0.0, 0.01], "macs_ratio": [0.5, 0.1],
+    ...                        "bytes_ratio": [0.3, 0.1]})
+    >>> choose(points, 0.005)[["cost", "macs_ratio", "merged"]].values.tolist()
+    [['macs_ratio', 0.5, True], ['bytes_ratio', 0.5, True]]
+    """
+    rows = []
+    for run, part in points.groupby(RUN, sort=False):
+        within = part[part[drop] <= max_drop + SLACK]
+        for cost in COSTS:
+            if len(within):
+                rows.append({**within.loc[within[cost].idxmin()], "cost": cost, "merged": True})
+            else:
+                nothing = dict(zip(RUN, run, strict=True)) | {drop: 0.0, **dict.fromkeys(COSTS, 1.0)}
+                rows.append({**nothing, "cost": cost, "merged": False})
+    return pd.DataFrame(rows)
+
+
+def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean of first minus second, example by example, and half of its 95 % interval.
+
+    >>> [round(value, 4) for value in paired([1, 1, 0, 1], [1, 0, 0, 1])]
+    [0.25, 0.49]
+    """
+    difference = np.asarray(first, float) - np.asarray(second, float)
+    return float(difference.mean()), float(Z95 * difference.std(ddof=1) / len(difference) ** 0.5)
+
+
+def summarise(chosen: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Over the runs of every method, per cost: the run at the median of that cost, and the lowest and highest value.
+
+    Args:
+        chosen: `choose`'s rows.
+        columns: of the median run to report beside the cost; of an even number of runs the dearer of the middle two.
+
+    >>> rows = pd.DataFrame({"method": "m", "seed": [0, 1, 2], "cost": "macs_ratio", "macs_ratio": [0.2, 0.9, 0.4]})
+    >>> summarise(rows, ["seed"])[["value", "low", "high", "seed"]].round(3).values.tolist()
+    [[0.4, 0.2, 0.9, 2.0]]
+    """
+    rows = []
+    for (method, cost), part in chosen.groupby(["method", "cost"], sort=False):
+        ordered = part.sort_values(cost, kind="stable")
+        middle = ordered.iloc[len(ordered) // 2]
+        low, high = ordered[cost].iloc[[0, -1]]
+        values = {"value": middle[cost], "low": low, "high": high, "n_runs": len(part)}
+        rows.append({"method": method, "cost": cost, **values, **middle[list(columns)]})
+    return pd.DataFrame(rows)

@@ -1,0 +1,79 @@
+import numpy as np
+import pandas as pd
+import pytest
+from tokmerge.evaluation import selection
+
+
+def table(**columns):
+    n = max(len(values) for values in columns.values() if isinstance(values, list))
+    return pd.DataFrame(
+        {name: values if isinstance(values, list) else [values] * n for name, values in columns.items()}
+    )
+
+
+TRIALS = table(
+    method=["a"] * 4 + ["b"] * 2, seed=[0, 0, 0, 1, 0, 0], kl=[0.01, 0.02, 0.03, 0.5, 0.05, 0.01],
+    macs_ratio=[0.6, 0.5, 0.2, 0.1, 0.3, 0.9], bytes_ratio=[0.5, 0.6, 0.7, 0.1, 0.2, 0.8],
+)  # fmt: skip
+
+
+def test_every_run_sends_its_cheapest_of_each_limit_to_select():
+    chosen = selection.shortlist(TRIALS, "kl", [0.02, 0.05])
+    # a, 0: within 0.02 trials 1 (MACs) and 0 (bytes), within 0.05 trial 2 and again 0; a, 1: none, so what loses least;
+    # b: within 0.02 trial 5 alone, within 0.05 trial 4 for both.
+    assert chosen.index.tolist() == [1, 0, 2, 3, 5, 4]
+
+
+def test_the_cheapest_within_the_loss_is_chosen_or_nothing_merges():
+    points = TRIALS.assign(top1_drop=[0.0, 0.005, 0.006, 0.01, 0.005, -0.01])
+    chosen = selection.choose(points, 0.005)
+    found = chosen.set_index(["method", "seed", "cost"])[["macs_ratio", "bytes_ratio", "top1_drop", "merged"]]
+    assert found.loc[("a", 0, "macs_ratio")].tolist() == [0.5, 0.6, 0.005, True]
+    assert found.loc[("a", 0, "bytes_ratio")].tolist() == [0.6, 0.5, 0.0, True]
+    assert found.loc[("a", 1, "macs_ratio")].tolist() == [1.0, 1.0, 0.0, False]
+    assert found.loc[("b", 0, "bytes_ratio")].tolist() == [0.3, 0.2, 0.005, True]
+
+
+def test_an_interval_is_that_of_paired_differences():
+    rng = np.random.default_rng(0)
+    before, after = rng.random(4000) < 0.9, rng.random(4000) < 0.88
+    mean, half = selection.paired(before, after)
+    difference = before.astype(float) - after
+    resampled = [rng.choice(difference, len(difference)).mean() for _ in range(2000)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    assert mean == pytest.approx(difference.mean())
+    assert half == pytest.approx((high - low) / 2, rel=0.1)
+
+
+def test_a_method_is_the_run_in_the_middle():
+    chosen = table(method=["a"] * 3 + ["b"] * 2, seed=[0, 1, 2, 0, 1], cost="macs_ratio",
+                   macs_ratio=[0.4, 0.2, 0.3, 1.0, 0.5], top1_drop=[0.1, 0.2, 0.3, 0.0, 0.5])  # fmt: skip
+    found = selection.summarise(chosen, ["top1_drop"]).set_index("method")
+    assert found.loc["a", ["value", "low", "high", "top1_drop", "n_runs"]].tolist() == [0.3, 0.2, 0.4, 0.3, 3]
+    assert found.loc["b", ["value", "low", "high", "top1_drop"]].tolist() == [1.0, 0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_halving_finds_what_measuring_all_would(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 40))
+    costs = {name: np.clip(1 - rng.random(n), 0, 1) for name in ("macs_ratio", "bytes_ratio")}
+    trials = pd.DataFrame({"method": "a", "seed": 0, "kl": rng.random(n), **costs})
+    listed = selection.shortlist(trials, "kl", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    asked = []
+
+    def measure(row):
+        asked.append(row["kl"])
+        return {**row, "top1_drop": row["kl"]}
+
+    chosen = selection.choose(selection.halve(listed, "kl", measure, 0.35), 0.35)
+    everything = selection.choose(listed.assign(top1_drop=listed.kl), 0.35)
+    pd.testing.assert_frame_equal(chosen, everything[chosen.columns])
+    assert len(asked) == len(set(asked)) <= 2 * 3
+
+
+def test_halving_believes_select_and_not_search():
+    listed = table(kl=[0.03, 0.02, 0.01], macs_ratio=[0.1, 0.2, 0.3], bytes_ratio=[0.1, 0.2, 0.3])
+    drops = {0.03: 0.01, 0.02: 0.0, 0.01: 0.02}
+    found = selection.halve(listed, "kl", lambda row: {**row, "top1_drop": drops[row["kl"]]}, 0.005)
+    assert found.kl.tolist() == [0.02, 0.03]

@@ -1,0 +1,52 @@
+import importlib.util
+
+import pytest
+from tokmerge.io import paths, store
+
+ROOT = paths.root()
+spec = importlib.util.spec_from_file_location("prose", ROOT / "docs" / "prose.py")
+prose = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prose)
+
+NUMBERS = {"a.top1": 0.9172, "a.drop": -0.0042, "a.n": 10000, "a.gain_pp": -1.25, "a.method": "ToMe", "a.macs": 0.3127}
+
+
+@pytest.mark.parametrize(
+    ("text", "filled"),
+    [
+        ("1 %<!-- a.top1 -->", "92 %<!-- a.top1 -->"),
+        ("1.0 %<!-- a.top1 -->", "91.7 %<!-- a.top1 -->"),
+        ("0.00 points<!-- a.drop -->", "−0.42 points<!-- a.drop -->"),
+        ("+0.0 points<!-- a.gain_pp -->", "−1.2 points<!-- a.gain_pp -->"),
+        ("+0.0<!-- a.macs -->", "+0.3<!-- a.macs -->"),
+        ("1 test images<!-- a.n -->", None),
+        ("1<!-- a.n --> test images", "10,000<!-- a.n --> test images"),
+        ("needs **ToMe**<!-- a.method -->", "needs **ToMe**<!-- a.method -->"),
+    ],
+)
+def test_numbers_are_written_as_they_stand(text, filled):
+    if filled is None:
+        assert prose.fill(text, NUMBERS) == text
+    else:
+        assert prose.fill(text, NUMBERS) == filled
+        assert prose.fill(filled, NUMBERS) == filled
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.3<!-- a.gone -->", "a.gone is not in numbers.json"),
+        ("ToFu<!-- a.method -->", "a.method is 'ToMe', and the text says 'ToFu'"),
+        ("<!-- numbers -->half, or 0.52 of it, 5 %<!-- /numbers -->", "without a key: 0.52, 5 %"),
+    ],
+)
+def test_prose_that_cannot_be_held_to_its_numbers_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        prose.fill(text, NUMBERS)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_every_number_in_prose_is_the_one_of_its_key(page):
+    text = (ROOT / page).read_text()
+    assert prose.fill(text, store.load_json(ROOT / "figures" / "numbers.json")) == text
+    assert page != "README.md" or text.count("<!-- numbers -->") == 1
