@@ -39,8 +39,9 @@ def at(values: object, layer: int) -> float:
 class LayerPolicy:
     """What policies with `per_layer` fields share: the checks of their values, and the cost of one bipartite match."""
 
-    # Not annotated: a field, with its place among the arguments, only where a subclass lets it be chosen.
+    # Not annotated: fields, with their place among the arguments, only where a subclass lets them be chosen.
     feature = "tokens"
+    size_aware = False
     needs: ClassVar[Sequence[str]] = ()
     compares: ClassVar[bool] = True
     averages: ClassVar[bool] = True
@@ -74,7 +75,7 @@ class LayerPolicy:
             check_length(type(self).__name__, plural, getattr(self, name), depth)
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return bipartite_macs(n, d)
+        return bipartite_macs(n, d + 3 * self.size_aware)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class ThresholdPolicy(LayerPolicy):
 
     def _checked(self, where: str, value: Any, number: type) -> float:
         checked = super()._checked(where, value, number)
-        lowest = -math.inf if getattr(self, "size_aware", False) else -1.0
+        lowest = -math.inf if self.size_aware else -1.0
         if where.startswith("thresholds") and not lowest <= checked <= 1:
             kind = type(self).__name__
             raise ValueError(f"{kind}: {where} is {value}, but a cosine lies between -1 and 1 (1, {kind}.OFF, is off)")
@@ -122,9 +123,6 @@ class Threshold(ThresholdPolicy):
     def select(self, context: Context) -> Merges:
         matches = match(context, size_aware=self.size_aware)
         return matches.merges(matches.similarity > at(self.thresholds, context.layer))
-
-    def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return bipartite_macs(n, d + 3 * self.size_aware)
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,6 @@ class TopR(FixedR):
             return matches.merges(largest(matches.similarity, min(r, (layout.longest - context.protected) // 2)))
         most = ((layout.lengths - context.protected) // 2).clamp(max=r)
         return matches.merges(largest(matches.similarity, most[:, None]))
-
-    def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return bipartite_macs(n, d + 3 * self.size_aware)
 
 
 def largest(values: Tensor, r: int | Tensor) -> Tensor:

@@ -132,9 +132,6 @@ class ConfidenceThreshold(ThresholdPolicy):
         factor = self.unsure + (self.sure - self.unsure) * context.confidence
         return matches.merges(matches.similarity > 1 - distance * factor.square()[:, None])
 
-    def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return bipartite_macs(n, d + 3 * self.size_aware)
-
 
 @dataclass(frozen=True)
 class RelativeThreshold(LayerPolicy):

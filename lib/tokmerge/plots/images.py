@@ -119,9 +119,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
             group = next(name for name, names in groups.items() if row.method in names)
             color, marker = looks[group]
             ax.plot([row.low, row.high], [place, place], color=color, lw=2.5, alpha=0.35, solid_capstyle="butt")
-            ax.plot(
-                row.value, place, marker, color=color, ms=6, label=group if row.method == groups[group][0] else None
-            )
+            ax.plot(row.value, place, marker, color=color, ms=6, label=group)
             loss = "not within" if row.value == 1 else f"{100 * row.top1_drop:.1f} ± {100 * row.drop_ci95:.1f}"
             ax.annotate(loss, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         ax.set(yticks=range(len(ranked)), xlabel=AXIS_LABELS[str(cost)])
