@@ -37,17 +37,15 @@ def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
 def draw_per_photo(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     """Visual tokens and MACs against the photos in a scene, a line per point: columns photos, tokens, macs, method."""
     colors = shades(table.method)
-    named = set(table.groupby("method", sort=False).point.first())
+    lines = {"o-": "s--", "o:": "s:"}
     for ax, (values, label) in zip(
         axes, ((table.tokens, "visual tokens read"), (table.macs / 1e6, "M multiply-accumulates")), strict=True
     ):
-        for point, part in table.assign(value=values).groupby("point", sort=False):
-            method = part.method.iloc[0]
-            ours = method in QUESTION_OURS
-            ax.plot(
-                part.photos, part.value, "o-" if ours else "s--", ms=3, lw=1.4 if ours else 0.8,
-                color=colors[method], label=method if point in named else None,
-            )  # fmt: skip
+        for method, points in table.assign(value=values).groupby("method", sort=False):
+            for (own, other), (_, part) in zip(lines.items(), points.groupby("point", sort=False), strict=False):
+                name = f"{method}, {part.tokens.mean():.0f} tokens"
+                style = own if method in QUESTION_OURS else other
+                ax.plot(part.photos, part.value, style, ms=3, lw=1.2, color=colors[method], label=name)
         ax.set(xlabel="photos in the scene", ylabel=label, xticks=sorted(set(table.photos)))
         ax.set_ylim(0, None)
     axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
