@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from members import LABELS, file, measured_link, member
-from tokmerge.channel.comparison import cliff_gain_db, contest, hits, interval
+from tokmerge.channel.comparison import cliff_gain_db, contest, hits
 from tokmerge.channel.phy import LADDER
 from tokmerge.channel.schemes import Member, Slot
 
@@ -68,8 +68,3 @@ def test_the_interval_of_a_gain_holds_what_repetition_gives():
     true = (5 + 5 * 0.39 / 0.4) - 5 * 0.39 / 0.43
     covered = np.mean([gain.low <= true <= gain.high for gain in found])
     assert covered > 0.85
-
-
-def test_interval_is_the_textbook_one():
-    mean, half = interval(np.array([0.0, 1.0, 1.0, 0.0]))
-    assert (mean, half) == (0.5, pytest.approx(1.96 * (1 / 3) ** 0.5 / 2))

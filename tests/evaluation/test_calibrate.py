@@ -4,6 +4,7 @@ import reference
 import tokmerge
 import torch
 from tokmerge.evaluation.calibrate import calibrate, similarity_statistics, thresholds_for_rates
+from tokmerge.evaluation.classification import evaluate
 
 
 @pytest.mark.parametrize("policy", [None, tokmerge.TopR(6)])
@@ -22,9 +23,14 @@ def test_similarity_statistics_by_loops(model, images, batches, policy):
         assert deviations[layer] == pytest.approx(np.std(per_image, ddof=1), abs=6e-5)
 
 
+def over(model, batches):
+    """What runs a model on batches with a policy."""
+    return lambda policy: evaluate(tokmerge.patch(model, policy), batches)
+
+
 def test_thresholds_reach_the_mean_rates(model, batch):
     wanted = [4.2, 0.0, 7.0, 1.4]
-    policy = thresholds_for_rates(model, [batch], wanted)
+    policy = thresholds_for_rates(over(model, [batch]), wanted)
     assert policy.thresholds[1] == 1.0
     tokens = tokmerge.patch(model, policy)(batch.images)[1].tokens
     assert (-tokens.diff(dim=1)).float().mean(0).tolist() == pytest.approx(wanted)
@@ -33,15 +39,15 @@ def test_thresholds_reach_the_mean_rates(model, batch):
 
 def test_thresholds_are_means_over_batches(model, batches):
     wanted = [4.0, 0.0, 0.0, 0.0]
-    each = [thresholds_for_rates(model, [part], wanted).thresholds[0] for part in batches]
-    assert thresholds_for_rates(model, batches, wanted).thresholds == (np.mean(each), 1.0, 1.0, 1.0)
+    each = [thresholds_for_rates(over(model, [part]), wanted).thresholds[0] for part in batches]
+    assert thresholds_for_rates(over(model, batches), wanted).thresholds == (np.mean(each), 1.0, 1.0, 1.0)
 
 
 def test_more_than_there_is_merges_what_is_alike_at_all(model, images, batches):
-    policy = thresholds_for_rates(model, batches, [0, 0, 0, 1000])
+    policy = thresholds_for_rates(over(model, batches), [0, 0, 0, 1000])
     assert policy.thresholds == (1.0, 1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="2 rates for a model of 4 blocks"):
-        thresholds_for_rates(model, batches, [1, 2])
+        thresholds_for_rates(over(model, batches), [1, 2])
 
 
 def test_calibration_is_the_similarity_of_the_unmerged_model(model, images, batches):

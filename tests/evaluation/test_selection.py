@@ -77,3 +77,8 @@ def test_halving_believes_select_and_not_search():
     drops = {0.03: 0.01, 0.02: 0.0, 0.01: 0.02}
     found = selection.halve(listed, "kl", lambda row: {**row, "top1_drop": drops[row["kl"]]}, 0.005)
     assert found.kl.tolist() == [0.02, 0.03]
+
+
+def test_interval_is_the_textbook_one():
+    mean, half = selection.interval([0.0, 1.0, 1.0, 0.0])
+    assert (mean, half) == (0.5, pytest.approx(1.96 * (1 / 3) ** 0.5 / 2, rel=1e-4))

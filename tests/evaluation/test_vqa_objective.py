@@ -11,10 +11,12 @@ from tokmerge.data import questions
 from tokmerge.data.image_sets import DataError
 from tokmerge.data.questions import Question
 from tokmerge.evaluation import image_codecs, vqa, vqa_objective, workers
+from tokmerge.evaluation.calibrate import thresholds_for_rates
 from tokmerge.io.cache import Cache
 from tokmerge.merging.policies import Threshold, TopR
 from tokmerge.models import llava, tiny_llava
 from tokmerge.models.configuration import Configuration, LlavaConfiguration
+from tokmerge.models.llava import patch_llava
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,16 @@ def test_agrees_with_the_plain_run(objective):
     assert measured["macs_ratio"] == pytest.approx((merged.macs / base.macs).mean())
     assert measured["bytes_ratio"] == pytest.approx((merged.payload_bytes / base.payload_bytes).mean())
     assert 0 < measured["macs_ratio"] < 1
+
+
+def test_thresholds_lose_the_mean_rates_in_the_tower(objective):
+    rates = [3.0] + [0.0] * (objective.depth - 1)
+    thresholds = thresholds_for_rates(objective.encode, rates)
+    table, _ = objective.run(patch_llava(objective.model, LlavaConfiguration(thresholds)))
+    whole = objective.unmerged[0].tokens
+    images = [question.image_id for question in objective.questions.questions]
+    lost = (whole - table.tokens).groupby(images).first()
+    assert lost.mean() == pytest.approx(3, abs=0.5)
 
 
 def test_compare_by_hand():

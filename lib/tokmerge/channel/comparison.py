@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from tokmerge.channel.schemes import Member, Slot
 from tokmerge.channel.transmission import Link, Sent, Uses
+from tokmerge.evaluation import selection
 
 
 def hits(
@@ -26,11 +27,6 @@ def hits(
         generator = torch.Generator().manual_seed(10_000 * seed + draw)
         total += sent.deliver(link, snr_db, uses, cap, generator) == goal
     return (total / draws).numpy()
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean over images, and half the width of its 95 % interval."""
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
 
 
 def options(
@@ -74,14 +70,14 @@ def contest(
             score, index, cap = max(tried, key=lambda option: option[0])
             member, uses = own[index], slot.uses_for(own[index].test)
             right[family] = hits(member.test, test_labels, link, snr_db, uses, cap, draws, seed + 1)
-            top1, half = interval(right[family])
+            top1, half = selection.interval(right[family])
             rows.append({
                 "snr_db": float(snr_db), "family": family, "member": member.name, "precision": member.precision,
                 "cap": str(link.rates.schemes[cap]) if member.sending == "cut off" else member.sending,
                 "select_score": score, "top1": top1, "top1_half": half, "right": right[family].tolist(),
             })  # fmt: skip
         for row in rows[-len(families) :] if base in families else ():
-            row["gain"], row["gain_half"] = interval(right[row["family"]] - right[base])
+            row["gain"], row["gain_half"] = selection.paired(right[row["family"]], right[base])
     return pd.DataFrame(rows)
 
 

@@ -1,6 +1,8 @@
 """What is measured on calibration images: how similar tokens are, and statistics and thresholds that peers need."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -34,9 +36,7 @@ def similarity_statistics(
     return tuple(round(part.mean().item(), 4) for part in layers), tuple(round(part.std().item(), 4) for part in layers)
 
 
-def thresholds_for_rates(
-    model: nn.Module, batches: Sequence[Batch], rates: Sequence[float], feature: str = "keys"
-) -> Threshold:
+def thresholds_for_rates(run: Callable[[Policy], Any], rates: Sequence[float], feature: str = "keys") -> Threshold:
     """Thresholds under which every block loses a given number of tokens on average (DyMU, Wang et al., 2504.17040).
 
     In every batch each block's threshold is the one that takes that many tokens off on average, and merges what comes
@@ -44,29 +44,27 @@ def thresholds_for_rates(
     unmerging, which changes attention, is not part of this.
 
     Args:
-        model: timm VisionTransformer.
-        batches: calibration images, each run once.
+        run: runs a model on calibration images with the policy it is given.
         rates: mean number of tokens to lose, one per block.
         feature: what similarity is measured on; the method's own is the keys.
 
     Raises:
         ValueError: not one rate per block.
     """
-    blocks: nn.Sequential = model.blocks  # type: ignore[assignment]
-    check_length("thresholds_for_rates", "rates", tuple(rates), len(blocks))
-    found: list[list[float]] = [[] for _ in blocks]
+    found: dict[int, list[float]] = defaultdict(list)
 
     def hook(context: Context, choose: Callable[[], Merges]) -> Merges:
-        rate = rates[context.layer]
-        if not rate:
+        thresholds = found[context.layer]
+        if context.layer >= len(rates) or not rates[context.layer]:
             return choose()
         matches = match(context)
         seen = matches.similarity[matches.similarity.isfinite()].sort(descending=True).values
-        count = round(rate * len(context.layout.lengths))
+        count = round(rates[context.layer] * len(context.layout.lengths))
         # Just those above the next one merge; all of them where there are not more.
         threshold = seen[count].clamp(0, 1).item() if count < len(seen) else 0.0
-        found[context.layer].append(threshold)
+        thresholds.append(threshold)
         return matches.merges(matches.similarity > threshold)
 
-    evaluate(patch(model, Observed(None, hook, feature)), batches)
-    return Threshold([sum(each) / len(each) if each else 1.0 for each in found], feature)
+    run(Observed(None, hook, feature))
+    check_length("thresholds_for_rates", "rates", tuple(rates), len(found))
+    return Threshold([sum(found[i]) / len(found[i]) if found[i] else 1.0 for i in range(len(rates))], feature)

@@ -2,7 +2,8 @@
 
 Trials are measured on *search*. Of every run, a method with one seed, as many go on to *select* as of every other: at
 each of some losses the trial with fewest MACs and the one with fewest bytes (`shortlist`). They are measured there,
-halving what is left, to find the cheapest that loses no more than is allowed (`halve`); that one is chosen (`choose`).
+halving what is left, to find the cheapest that loses no more than is allowed (`halve`; both: `on_select`); that one
+is chosen (`choose`).
 A method is the median over its runs (`summarise`), and that run's point is what *test* sees. Where no trial stays
 within, what is left is not to merge: ratios of 1 and no loss.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from tokmerge.evaluation.objective import COSTS
 
@@ -77,6 +79,21 @@ def halve(
     return pd.DataFrame(list(measured.values()), index=list(measured))
 
 
+def on_select(
+    trials: pd.DataFrame, axis: str, limits: Sequence[float], measure: Callable[[dict[str, Any]], Mapping[str, Any]],
+    max_drop: float, by: Sequence[str] = RUN,
+) -> pd.DataFrame:  # fmt: skip
+    """What the listed trials of every run do on *select*: `shortlist`, then `halve`; runs differ in columns ``by``.
+
+    >>> trials = pd.DataFrame({"method": ["a", "b"], "seed": 0, "kl": 0.1, "macs_ratio": 0.5, "bytes_ratio": 0.5})
+    >>> on_select(trials, "kl", [0.2], lambda row: {"top1_drop": 0.0, "method": row["method"]}, 0.01).method.tolist()
+    ['a', 'b']
+    """
+    runs = tqdm(list(trials.groupby(list(by), sort=False)), desc="select", unit="run")
+    found = [halve(shortlist(run, axis, limits), axis, measure, max_drop) for _, run in runs]
+    return pd.concat(found, ignore_index=True)
+
+
 def choose(points: pd.DataFrame, max_drop: float, drop: str = "top1_drop") -> pd.DataFrame:
     """For every run and cost the cheapest point that loses no more than ``max_drop`` on *select*.
 
@@ -106,14 +123,22 @@ def choose(points: pd.DataFrame, max_drop: float, drop: str = "top1_drop") -> pd
     return pd.DataFrame(rows)
 
 
-def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean of first minus second, example by example, and half of its 95 % interval.
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean over examples, and half of its 95 % interval.
 
-    >>> [round(value, 4) for value in paired([1, 1, 0, 1], [1, 0, 0, 1])]
+    >>> [round(value, 4) for value in interval([0, 1, 0, 0])]
     [0.25, 0.49]
     """
-    difference = np.asarray(first, float) - np.asarray(second, float)
-    return float(difference.mean()), float(Z95 * difference.std(ddof=1) / len(difference) ** 0.5)
+    return float(np.mean(values)), float(Z95 * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """`interval` of first minus second, example by example.
+
+    >>> paired([1, 1, 0, 1], [1, 0, 0, 1]) == interval([0, 1, 0, 0])
+    True
+    """
+    return interval(np.asarray(first, float) - np.asarray(second, float))
 
 
 def summarise(chosen: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ question by question, as `tokmerge.evaluation.objective` does, whose names the m
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -89,23 +89,24 @@ class QuestionObjective:
             tables.append(table)
         return pd.concat(tables, ignore_index=True), torch.cat(first)
 
-    def calibrate(self, n_questions: int | None = None, output: bool = False) -> Calibration:
-        """The similarities that each layer of the tower sees in the images of the first questions (all by default).
+    @torch.inference_mode()
+    def encode(self, policy: Policy, n_questions: int | None = None, output: bool = False) -> None:
+        """Put the images of the first questions (all by default) through the tower, for a policy that watches.
 
         Args:
+            policy: of the tower.
             n_questions: how many, in whole batches.
-            output: of the projector's output instead.
+            output: the policy is that of the projector's output instead.
         """
         n_batches = None if n_questions is None else max(1, n_questions // self.batch_size)
+        tower, projector = (None, policy) if output else (policy, None)
+        merged = llava.patch(self.model, tower, output_policy=projector)
+        for batch in islice(self.batches, n_batches):
+            merged.encode_images(batch.pixels.to(next(merged.parameters()).device))
 
-        @torch.inference_mode()
-        def run(observer: Policy) -> None:
-            tower, projector = (None, observer) if output else (observer, None)
-            merged = llava.patch(self.model, tower, output_policy=projector)
-            for batch in islice(self.batches, n_batches):
-                merged.encode_images(batch.pixels.to(next(merged.parameters()).device))
-
-        return Calibration.of(run)
+    def calibrate(self, n_questions: int | None = None, output: bool = False) -> Calibration:
+        """The similarities that each layer of the tower sees; arguments as of `encode`."""
+        return Calibration.of(partial(self.encode, n_questions=n_questions, output=output))
 
     @property
     def depth(self) -> int:
