@@ -31,7 +31,7 @@ SSIM_EVERY = 4
 SIZE_LEVELS = 12
 # Of training until the loss of held-out images stops falling: better by this share counts; after so many checks that
 # are not, the rate falls by so much, and after so many falls training ends.
-BETTER, PATIENCE, FALL, FALLS = 0.003, 2, 0.3, 3
+BETTER, PATIENCE, FALL, FALLS = 0.005, 2, 0.3, 3
 
 
 def grid_encoding(side: int, width: int) -> Tensor:
@@ -101,7 +101,7 @@ class Attacker(nn.Module):
             self.dropped = nn.Parameter(torch.zeros(width))
             self.canvas = nn.Parameter(0.1 * torch.randn(width, side, side))
         self.trunk = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
-        fine = width // 2 if factor <= 4 else 8
+        fine = width // 3 if factor <= 4 else 8
         self.pixels = nn.Sequential(nn.Conv2d(width, fine * factor**2, 1), nn.PixelShuffle(factor))
         self.refine = nn.Conv2d(fine, fine, 3, padding=1)
         self.paint = nn.Conv2d(fine, channels, 3, padding=1)
