@@ -25,5 +25,7 @@ def test_what_a_scene_takes_is_a_line_per_point():
     draw_per_photo(axes, table)
     assert [line.get_ydata().tolist() for line in axes[0].lines] == [[3, 5], [7, 9], [4, 4]]
     assert [line.get_ydata().tolist() for line in axes[1].lines] == [[1, 2], [3, 4], [5, 5]]
-    assert [line.get_linestyle() for line in axes[0].lines] == ["-", "-", "--"], "one threshold is none of ours"
-    assert len(axes[1].get_legend().get_texts()) == 2
+    assert [line.get_linestyle() for line in axes[0].lines] == ["-", ":", "--"], "one threshold is none of ours"
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == [
+        "threshold, 4 tokens", "threshold, 8 tokens", "one threshold, 4 tokens",
+    ]  # fmt: skip

@@ -37,15 +37,16 @@ def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
 def draw_per_photo(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     """Visual tokens and MACs against the photos in a scene, a line per point: columns photos, tokens, macs, method."""
     colors = shades(table.method)
-    lines = {"o-": "s--", "o:": "s:"}
     for ax, (values, label) in zip(
         axes, ((table.tokens, "visual tokens read"), (table.macs / 1e6, "M multiply-accumulates")), strict=True
     ):
         for method, points in table.assign(value=values).groupby("method", sort=False):
-            for (own, other), (_, part) in zip(lines.items(), points.groupby("point", sort=False), strict=False):
-                name = f"{method}, {part.tokens.mean():.0f} tokens"
-                style = own if method in QUESTION_OURS else other
-                ax.plot(part.photos, part.value, style, ms=3, lw=1.2, color=colors[method], label=name)
+            first, marker = ("-", "o") if method in QUESTION_OURS else ("--", "s")
+            for index, (_, part) in enumerate(points.groupby("point", sort=False)):
+                ax.plot(
+                    part.photos, part.value, ":" if index else first, marker=marker, ms=3, lw=1.2,
+                    color=colors[method], label=f"{method}, {part.tokens.mean():.0f} tokens",
+                )  # fmt: skip
         ax.set(xlabel="photos in the scene", ylabel=label, xticks=sorted(set(table.photos)))
         ax.set_ylim(0, None)
     axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
