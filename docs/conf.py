@@ -16,6 +16,7 @@ exclude_patterns = ["README.md"]  # index.md holds it
 
 extensions = ["myst_nb", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nb_execution_mode, nb_merge_streams, nb_output_stderr = "off", True, "remove"
+nb_render_markdown_format = "myst"  # so that links in what a notebook shows lead to pages
 nb_ipywidgets_js = {}  # comes from elsewhere
 myst_heading_anchors, default_role = 3, "code"
 viewcode_follow_imported_members = False  # what the root exports is described where it is defined
