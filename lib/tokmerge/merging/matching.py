@@ -78,6 +78,13 @@ class Context:
         """(B, longest, d)."""
         return self.layout.pad(self.metric)
 
+    @property
+    def places(self) -> Tensor:
+        """``place``, for policies that cannot do without; ValueError where it is not known."""
+        if self.place is None:
+            raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
+        return self.place
+
     @cached_property
     def confidence(self) -> Tensor:
         """(B,) how far the class that the model would name now is ahead of the next, as probabilities: 0 to 1.

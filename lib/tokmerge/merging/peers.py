@@ -204,11 +204,9 @@ class WindowPooling(LayerPolicy):
         return at(self.rows, layer) * at(self.columns, layer) > 1
 
     def select(self, context: Context) -> Merges:
-        if context.place is None:
-            raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
-        layout = context.layout
+        layout, places = context.layout, context.places
         free = (layout.position >= context.protected).nonzero()[:, 0]
-        row, column = (context.place[free] // context.place.new_tensor(
+        row, column = (places[free] // places.new_tensor(
             [at(self.rows, context.layer), at(self.columns, context.layer)])).long().unbind(1)  # fmt: skip
         width = int(column.max()) + 1 if len(column) else 1
         height = int(row.max()) + 1 if len(row) else 1

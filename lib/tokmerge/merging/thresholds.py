@@ -69,9 +69,7 @@ class LocalTopR(FixedR):
 
 def _match_in_windows(context: Context, window: int) -> Matches:
     """The best matches among the tokens of each window."""
-    if context.place is None:
-        raise ValueError("the policy needs the places of tokens in the patch grid, which are not known here")
-    rows, columns = (context.place // window).unbind(1)
+    rows, columns = (context.places // window).unbind(1)
     return match(context, rows * (1 + columns.max()) + columns)
 
 

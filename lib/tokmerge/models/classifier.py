@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class MergedClassifier(MergedTransformer):
 
     embed_dim: int
     n_patches: int
+    classifies = False  #: the head makes class scores of the tokens
 
     def __init__(
         self, model: nn.Module, policy: Policy | None, precision: str, split_layer: int | None, depth: int,
@@ -183,8 +184,11 @@ class MergedClassifier(MergedTransformer):
         """After the last block a class-token head reads no sizes; everything else weighs tokens by them."""
         return self.policy is not None and not (self.split_layer == self.depth and self.reads_one_token)
 
+    def read_out(self, tokens: Packed) -> Callable[[], Tensor] | None:
+        return partial(self.confidence, tokens) if self.classifies else None
+
     def confidence(self, tokens: Packed) -> Tensor:
-        # The logit lens: what the last norm and the head make of the tokens as they are.
+        """(B,) of what the last norm and the head make of the tokens as they are (the logit lens)."""
         if self.reads_one_token:
             heads = self.leading(tokens, self.protected)
             tokens = pack(heads)

@@ -12,9 +12,8 @@ own, is refused.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +77,6 @@ class MergedTransformer(MergedModel, ABC):
 
     has_class_token = True  #: the first token is one
     wants_places = False  #: tokens keep their places in the patch grid, whatever the policy needs
-    classifies = False  #: a head makes class scores of the tokens, so that `confidence` can be asked for
 
     def __init__(self, model: nn.Module, policy: Policy | None, depth: int, protected: int) -> None:
         super().__init__(model)
@@ -94,9 +92,9 @@ class MergedTransformer(MergedModel, ABC):
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds: (T, D) -> (T, D)."""
 
-    def confidence(self, tokens: Packed) -> Tensor:
-        """(B,) of what the model would answer if these were its last tokens, see `Context.confidence`."""
-        raise NotImplementedError
+    def read_out(self, tokens: Packed) -> Callable[[], Tensor] | None:
+        """Gives `Context.confidence` for these tokens; None where no head makes class scores of them."""
+        return None
 
     def pack_embedded(self, x: Tensor, grid: tuple[int, int], prefix: int, source: bool) -> Packed:
         """(B, N, D) embedded tokens, ``prefix`` leading ones and then a grid's rows of patches, as they enter layer 0.
@@ -128,7 +126,7 @@ class MergedTransformer(MergedModel, ABC):
         out, qkv = self.attention(layer, tokens)
         tokens = tokens.with_x(tokens.x + out)
         return merge.step(tokens, self.policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv,
-                          read_out=partial(self.confidence, tokens) if self.classifies else None)  # fmt: skip
+                          read_out=self.read_out(tokens))  # fmt: skip
 
 
 def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool, classifies: bool = False) -> None:
