@@ -22,7 +22,7 @@ def module(name: str) -> str | None:
 
 
 def lazily(name: str) -> str:
-    """The module that a name of the package itself comes from: ``patch`` is ``models.vit.patch``."""
+    """The module that a name of the package itself comes from: ``patch`` is ``models.patching.patch``."""
     import tokmerge
 
     found = getattr(tokmerge, name)

@@ -138,7 +138,7 @@ def test_imports_of_every_kind_are_seen():
         import_module("tokmerge.search.pareto"), [sys.executable, "-m", "tokmerge.cli"]
     """
     assert imports("if True:" + code) == {
-        "io.store", "models.llava", "wire", "merging.front", "merging.policies", "channel.phy", "models.vit",
+        "io.store", "models.llava", "wire", "merging.front", "merging.policies", "channel.phy", "models.patching",
         "data", "data.registry", "merging.peers", "search.pareto", "cli",
     }  # fmt: skip
     with pytest.raises(ValueError, match="getattr"):

@@ -1,3 +1,4 @@
+import math
 import os
 import struct
 import zlib
@@ -289,3 +290,58 @@ def test_mutations_never_deliver_a_changed_token(image, precision, data):
     mutated = payload[:start] + data.draw(st.binary(max_size=8)) + payload[end:]
     with suppress(WireError):
         assert_same_where_received(mutated, whole, image[1])
+
+
+MAPS = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(st.just(n), st.lists(st.integers(-1, n - 1), min_size=1, max_size=70), st.booleans())
+)
+
+
+@fast
+@given(MAPS, precisions)
+def test_a_source_map_comes_back_and_its_bytes_are_counted(given, precision):
+    n, entries, sized = given
+    source, tokens = torch.tensor(entries), torch.ones(n, 3)
+    sizes = torch.ones(n) if sized else None
+    payload = encode(tokens, sizes, precision, 4, source)
+    assert torch.equal(decode(payload).source, source)
+    assert decode(payload).received.all()
+    counted = payload_bytes(torch.tensor([n]), 3, precision, sizes, 4, source[None])
+    assert counted.tolist() == [len(payload)]
+    bits = max(1, math.ceil(math.log2(n + (-1 in entries))))
+    assert len(payload) - len(encode(tokens, sizes, precision, 4)) == 1 + math.ceil(len(entries) * bits / 8)
+
+
+def test_a_source_map_by_hand():
+    # Three tokens take two bits a patch: 2, 0, 1, 2 are 10, 00, 01, 10, the first in the lowest bits.
+    payload = encode(torch.zeros(3, 1), source=torch.tensor([2, 0, 1, 2]))
+    assert payload.startswith(header(0x40 | 1 << 1, 3, 1, 16)[:-4] + bytes([4, 0b10010010]))
+    # With a patch of no token there are four values, and 3 stands for it.
+    payload = encode(torch.zeros(3, 1), source=torch.tensor([-1, 0]))
+    assert payload.startswith(header(0xC0 | 1 << 1, 3, 1, 16)[:-4] + bytes([2, 0b0011]))
+
+
+def test_source_maps_follow_the_order_of_travel():
+    tokens, source = torch.arange(5.0)[:, None], torch.tensor([[0, 2, 1, 2], [1, 0, -1, 1]])
+    order = torch.tensor([2, 0, 1, 4, 3])
+    found = [decode(one) for one in encode_images(tokens, [3, 2], order=order, source=source)]
+    for first, got, own in zip((0, 3), found, source, strict=True):
+        named = torch.where(got.source < 0, -1.0, got.tokens[got.source.clamp(min=0), 0])
+        assert named.tolist() == torch.where(own < 0, -1, own + first).float().tolist()
+
+
+@pytest.mark.parametrize("source", [torch.tensor([3]), torch.tensor([-2]), torch.tensor([[0]])])
+def test_a_source_map_names_tokens_that_are_there(source):
+    with pytest.raises(ValueError, match="names tokens that are none of 3"):
+        encode(torch.zeros(3, 1), source=source)
+
+
+@pytest.mark.parametrize("flags", [0x40, 0xC0])
+def test_a_damaged_source_map_is_refused(flags):
+    numbers = header(flags, 3, 1, 16)[:-4]
+    too_many = sealed(numbers + leb128(200) + b"\0")
+    # Three tokens, and the fourth value without the flag that allows it.
+    strange = sealed(numbers + leb128(2) + bytes([0b1111]))
+    for payload in (too_many, strange) if flags == 0x40 else (too_many,):
+        with pytest.raises(WireError):
+            decode(payload)

@@ -19,7 +19,7 @@ _HOME = {
     "merging.policies": ("PiToMe", "Threshold", "TopR"),
     "merging.thresholds": ("CappedThreshold", "ConfidenceThreshold", "LocalThreshold", "RelativeThreshold"),
     "models.classifier": ("MergedClassifier", "Record", "unmerge"),
-    "models.vit": ("patch", "unpatch"),
+    "models.patching": ("patch", "unpatch"),
 }
 __all__ = ["llava", *(name for names in _HOME.values() for name in names)]
 

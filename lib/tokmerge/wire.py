@@ -4,9 +4,13 @@
 |--------|----------|------------------------|-------------------------------------------------------------|
 | header | magic    | 2                      | ``TM``                                                      |
 |        | version  | 1                      | 1                                                           |
-|        | flags    | 1                      | bit 0: sizes are sent; bits 1-7: precision code             |
+|        | flags    | 1                      | bit 0: sizes are sent; bits 1-5: precision code; bit 6: a   |
+|        |          |                        | source map is sent; bit 7: some of its patches have no token|
 |        | N, D, K  | varint each            | tokens; values per token; tokens per chunk                  |
 |        | sections | varint per chunk       | bytes of the chunk's sizes (only if sizes are sent)         |
+|        | P        | varint                 | patches of the source map (only if it is sent)              |
+|        | map      | P b bits, rounded up   | each patch's token, from 0, low bit first; N: of none.      |
+|        |          |                        | b = ceil(log2 N), or of N + 1 with bit 7; at least 1        |
 |        | check    | 4                      | CRC32 of the header up to here                              |
 | chunk  | sizes    | varint per token       | patches it stands for, at least 1 (only if sizes are sent)  |
 |        | steps    | 2 per token            | float16 quantisation step (int8 and int4 only)              |
@@ -30,6 +34,7 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +56,11 @@ class Payload(NamedTuple):
     tokens: Tensor  #: (N, D) float32; zeros where not received
     sizes: Tensor | None  #: (N,) int64, 0 where not received; None if they were not sent
     received: Tensor  #: (N,) bool, False for the tokens of damaged and missing chunks
+    source: Tensor | None = None  #: (P,) int64, token that each patch is part of, -1 for none; None if it was not sent
 
 
 def payload_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
-                  chunk_tokens: int = CHUNK_TOKENS) -> Tensor:  # fmt: skip
+                  chunk_tokens: int = CHUNK_TOKENS, source: Tensor | None = None) -> Tensor:  # fmt: skip
     """Exact length of what `encode` gives for each image, without encoding: (B,) int64, on the device of ``lengths``.
 
     Args:
@@ -62,6 +68,7 @@ def payload_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", s
         embed_dim: values per token D.
         sizes: (T,) sizes of all images' tokens, image after image; None if they are not sent.
         precision, chunk_tokens: as of `encode`.
+        source: (B, P) source maps; None if they are not sent.
 
     Raises:
         ValueError: unknown precision, bad chunk length, or T is not the sum of the lengths.
@@ -69,12 +76,14 @@ def payload_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", s
     >>> payload_bytes(torch.tensor([197, 0]), 64)
     tensor([25280,    11])
     """
-    header, image, chunk = part_bytes(lengths, embed_dim, precision, sizes, chunk_tokens)
+    header, image, chunk = part_bytes(lengths, embed_dim, precision, sizes, chunk_tokens, source)
     return header.index_add_(0, image, chunk)
 
 
-def part_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
-               chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def part_bytes(
+    lengths: Tensor, embed_dim: int, precision: str = "float16", sizes: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS, source: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What `payload_bytes` adds up, and refuses: (B,) bytes of the headers, (C,) image and bytes of every chunk.
 
     >>> part_bytes(torch.tensor([17]), 64, "int8")
@@ -90,6 +99,10 @@ def part_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", size
     held = torch.bincount(of_token, minlength=len(chunk_image))
     header = len(MAGIC) + 2 + _varint_bytes(lengths) + len(_varints([embed_dim, chunk_tokens])) + 4
     chunk = held * _token_bytes(embed_dim, precision) + 4
+    if source is not None:
+        patches = source.shape[1]
+        bits = _map_bits(lengths + (source < 0).any(1))
+        header = header + len(_varints([patches])) + -(-patches * bits // 8)
     if sizes is None:
         return header, chunk_image, chunk
     if len(image) != len(sizes):
@@ -99,8 +112,9 @@ def part_bytes(lengths: Tensor, embed_dim: int, precision: str = "float16", size
 
 
 def encode(
-    tokens: Tensor, sizes: Tensor | None = None, precision: str = "float16", chunk_tokens: int = CHUNK_TOKENS
-) -> bytes:
+    tokens: Tensor, sizes: Tensor | None = None, precision: str = "float16", chunk_tokens: int = CHUNK_TOKENS,
+    source: Tensor | None = None,
+) -> bytes:  # fmt: skip
     """One image's tokens as bytes.
 
     Args:
@@ -109,9 +123,10 @@ def encode(
         sizes: (N,) whole numbers, at least 1; None to leave them out.
         precision: one of `PRECISIONS`.
         chunk_tokens: tokens that are lost together. A chunk costs 4 bytes, with sizes at least 5.
+        source: (P,) which token each patch is part of, -1 for none; None to leave the map out.
 
     Raises:
-        ValueError: wrong shape, a value that is not finite, a bad size, precision or chunk length.
+        ValueError: wrong shape, a value that is not finite, a bad size, precision, chunk length or source map.
 
     >>> payload = encode(torch.tensor([[1.0, -2.5], [0.0, 4.0]]), torch.tensor([1, 300]))
     >>> len(payload), decode(payload).sizes
@@ -133,10 +148,12 @@ def encode(
             raise ValueError(f"the size of token {bad[0].item()} is not a whole number of at least 1")
         counts = whole.tolist()
 
-    header = MAGIC + bytes([VERSION, (sizes is not None) | PRECISIONS.index(precision) << 1])
-    header += _varints([n, dim, chunk_tokens])
+    gaps = source is not None and bool((source < 0).any())
+    flags = (sizes is not None) | PRECISIONS.index(precision) << 1 | (source is not None) << 6 | gaps << 7
+    header = MAGIC + bytes([VERSION, flags]) + _varints([n, dim, chunk_tokens])
     sections = [_varints(counts[start : start + chunk_tokens]) for start in range(0, n, chunk_tokens)]
     header += _varints([len(section) for section in sections]) if sizes is not None else b""
+    header += b"" if source is None else _pack_map(source, n, gaps)
     parts = [header, _crc(header)]
     for index, (section, chunk) in enumerate(zip(sections, values.split(chunk_tokens), strict=False)):
         body = section + _pack(chunk, precision)
@@ -146,18 +163,26 @@ def encode(
 
 def encode_images(
     tokens: Tensor, counts: Sequence[int], sizes: Tensor | None = None, precision: str = "float16",
-    chunk_tokens: int = CHUNK_TOKENS, order: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS, order: Tensor | None = None, source: Tensor | None = None,
 ) -> list[bytes]:  # fmt: skip
     """Many images' tokens as bytes, a payload each.
 
     Tokens are (T, D), sizes (T,), image after image, counts (B,) tokens of each; ``order`` is the (T,) order of travel,
-    within each image, None for the order they are in. The rest as of `encode`.
+    within each image, None for the order they are in; source maps (B, P) name tokens as they are in. The rest as of
+    `encode`.
     """
     if order is not None:
         tokens, sizes = tokens[order], None if sizes is None else sizes[order]
+    if order is not None and source is not None:
+        first = torch.tensor([0, *counts[:-1]]).cumsum(0)[: len(counts), None]
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        source = torch.where(
+            source < 0, -1, place[source.clamp(min=0) + first.to(order.device)] - first.to(order.device)
+        )
     rows = tokens.split(list(counts))
     parts = [None] * len(rows) if sizes is None else sizes.split(list(counts))
-    return [encode(x, own, precision, chunk_tokens) for x, own in zip(rows, parts, strict=True)]
+    maps = [None] * len(rows) if source is None else source
+    return [encode(x, own, precision, chunk_tokens, which) for x, own, which in zip(rows, parts, maps, strict=True)]
 
 
 def decode(payload: bytes, max_values: int = 2**22) -> Payload:
@@ -175,7 +200,7 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
     >>> decode(bytes(payload)).received
     tensor([ True,  True, False])
     """
-    n, dim, chunk_tokens, precision, sections, at = _read_header(payload)
+    n, dim, chunk_tokens, precision, sections, source, at = _read_header(payload)
     chunks, token_bytes = -(-n // chunk_tokens), _token_bytes(dim, precision)
     total = at + n * token_bytes + chunks * 4 + sum(sections or ())
     if len(payload) > total:
@@ -204,7 +229,7 @@ def decode(payload: bytes, max_values: int = 2**22) -> Payload:
         tokens[first:last], received[first:last] = values, True
         if sizes is not None:
             sizes[first:last] = torch.tensor(counts)
-    return Payload(tokens, sizes, received)
+    return Payload(tokens, sizes, received, source)
 
 
 def quantise(values: Tensor, precision: str) -> Tensor:
@@ -218,19 +243,51 @@ def quantise(values: Tensor, precision: str) -> Tensor:
     return q.float() if step is None else q * step.float()
 
 
-def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, int]:
-    """N, D, K, precision, sections (None: no sizes) and the header's end."""
+def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, Tensor | None, int]:
+    """N, D, K, precision, sections (None: no sizes), source map (or None) and the header's end."""
     if len(payload) < 4 or payload[:3] != MAGIC + bytes([VERSION]):
         raise WireError(f"not a token payload of version {VERSION}")
     (n, dim, chunk_tokens), at = _read_varints(payload, 4, 3)
-    code, sections = payload[3] >> 1, None
+    code, sections, source = (payload[3] & 0x3F) >> 1, None, None
     if (n and not dim) or not chunk_tokens or code >= len(PRECISIONS):
         raise WireError("damaged header: a field has a value it cannot have")
     if payload[3] & 1:
         sections, at = _read_varints(payload, at, -(-n // chunk_tokens))
+    if payload[3] & 0x40:
+        (patches,), at = _read_varints(payload, at, 1)
+        bits = int(_map_bits(torch.tensor([n + (payload[3] >> 7)]))[0])
+        packed = payload[at : (end := at + -(-patches * bits // 8))]
+        if end > len(payload):
+            raise WireError("cut off in its source map")
+        at = end
     if payload[at : at + 4] != _crc(payload[:at]):
         raise WireError("damaged header: its checksum does not fit")
-    return n, dim, chunk_tokens, PRECISIONS[code], sections, at + 4
+    if payload[3] & 0x40:
+        source = _unpack_map(packed, patches, bits)
+        source[source == n] = -1
+        if (source > n).any() or ((source < 0).any() and not payload[3] & 0x80):
+            raise WireError("damaged header: a patch is of a token that is not there")
+    return n, dim, chunk_tokens, PRECISIONS[code], sections, source, at + 4
+
+
+def _map_bits(alphabet: Tensor) -> Tensor:
+    """Bits of an entry of source maps with so many values, (B,): ceil(log2), at least 1."""
+    powers = 2 ** torch.arange(63, device=alphabet.device)
+    return (alphabet[:, None] > powers).sum(1).clamp(min=1)
+
+
+def _pack_map(source: Tensor, n: int, gaps: bool) -> bytes:
+    if source.ndim != 1 or (len(source) and not -1 <= int(source.min()) <= int(source.max()) < n):
+        raise ValueError(f"a source map of shape {tuple(source.shape)} names tokens that are none of {n}")
+    bits = int(_map_bits(torch.tensor([n + gaps]))[0])
+    codes = torch.where(source < 0, n, source).cpu().numpy()
+    digits = (codes[:, None] >> np.arange(bits)) & 1
+    return _varints([len(codes)]) + np.packbits(digits.astype(np.uint8), bitorder="little").tobytes()
+
+
+def _unpack_map(packed: bytes, patches: int, bits: int) -> Tensor:
+    digits = np.unpackbits(np.frombuffer(packed, np.uint8), count=patches * bits, bitorder="little")
+    return torch.from_numpy(digits.reshape(patches, bits).astype(np.int64) @ (1 << np.arange(bits)))
 
 
 def _read_varints(data: bytes, at: int, count: int) -> tuple[list[int], int]:

@@ -74,11 +74,11 @@ class Other(VisionTransformer):
 
 
 def test_an_overridden_forward_is_refused():
-    with pytest.raises(TypeError, match=r"Other\.forward_features is not timm's VisionTransformer's"):
+    with pytest.raises(TypeError, match=r"Other\.forward_features is not VisionTransformer's own"):
         tokmerge.patch(Other(img_size=32, patch_size=4, embed_dim=48, depth=1, num_heads=3), None)
     model = build("no_cls_avg")
     model.forward_head = lambda x: x
-    with pytest.raises(TypeError, match="forward_head is not timm's"):
+    with pytest.raises(TypeError, match="forward_head is not VisionTransformer's"):
         tokmerge.patch(model, None)
 
 

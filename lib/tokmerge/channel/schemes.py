@@ -17,7 +17,7 @@ from tokmerge.evaluation import image_codecs
 from tokmerge.merging.calibration import Calibration
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.policies import Threshold
-from tokmerge.models.vit import patch
+from tokmerge.models.patching import patch
 from tokmerge.models.zoo import transform
 
 

@@ -42,7 +42,8 @@ def encode_payloads(merged: MergedClassifier, tokens: Packed, chunk_tokens: int 
     """The payload of each image, as the device sends it: its tokens at the split, in the order of travel."""
     order = travel_order(tokens.layout, merged.protected)
     sizes, counts = merged.sent_sizes(tokens), tokens.layout.counts
-    return wire.encode_images(tokens.x, counts, sizes, merged.precision, chunk_tokens, order)
+    source = merged.sent_source(tokens)
+    return wire.encode_images(tokens.x, counts, sizes, merged.precision, chunk_tokens, order, source)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tokmerge.channel.segmentation import LINK_CHUNK, Segmentation, encode_paylo
 from tokmerge.channel.server import Responder
 from tokmerge.merging.packed import Layout, Packed, join
 from tokmerge.models.classifier import MergedClassifier
-from tokmerge.models.vit import patch
+from tokmerge.models.patching import patch
 
 # One for all payloads, or one for each: (B, 1) decibels, (B,) channel uses.
 Decibels = float | np.ndarray

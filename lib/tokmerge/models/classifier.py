@@ -30,13 +30,15 @@ class Record:
     model_cost: ViTCost
     policy: Policy | None
     split_layer: int
-    #: arguments of `tokmerge.wire.payload_bytes`: (B,) tokens sent, their width, the precision, their sizes if sent
-    payload: tuple[Tensor, int, str, Tensor | None]
+    #: arguments of `tokmerge.wire.payload_bytes`: (B,) tokens sent, their width, the precision, their sizes and the
+    #: source map if these are sent
+    payload: tuple[Tensor, int, str, Tensor | None, Tensor | None]
 
     @cached_property
     def payload_bytes(self) -> Tensor:
         """(B,) int64, length of what `tokmerge.wire.encode` produces for each image."""
-        return wire.payload_bytes(*self.payload)
+        lengths, width, precision, sizes, source = self.payload
+        return wire.payload_bytes(lengths, width, precision, sizes, source=source)
 
     @cached_property
     def edge_macs(self) -> Tensor:
@@ -80,6 +82,7 @@ class MergedClassifier(MergedTransformer):
     embed_dim: int
     n_patches: int
     classifies = False  #: the head makes class scores of the tokens
+    sends_source = False  #: the head needs to know which patches a token stands for
 
     def __init__(
         self, model: nn.Module, policy: Policy | None, precision: str, split_layer: int | None, depth: int,
@@ -171,7 +174,7 @@ class MergedClassifier(MergedTransformer):
         if received is not sent:
             # What got lost was computed all the same.
             counts_sent = torch.stack([*before, sent.lengths, *after[1:]], dim=1)
-        payload = sent.lengths, self.embed_dim, self.precision, self.sent_sizes(sent)
+        payload = sent.lengths, self.embed_dim, self.precision, self.sent_sizes(sent), self.sent_source(sent)
         cost = self.cost(tuple(images.shape[1:]))
         return tokens, Record(counts, tokens.source, counts_sent, cost, self.policy, self.split_layer, payload)
 
@@ -179,10 +182,15 @@ class MergedClassifier(MergedTransformer):
         """(T,) sizes that travel with the tokens; None where the server does not need them."""
         return sent.full_sizes if self.server_needs_sizes else None
 
+    def sent_source(self, sent: Packed) -> Tensor | None:
+        """(B, N) source map that travels with the tokens; None where the server does not need it."""
+        return sent.source if self.sends_source and self.policy is not None else None
+
     @property
     def server_needs_sizes(self) -> bool:
-        """After the last block a class-token head reads no sizes; everything else weighs tokens by them."""
-        return self.policy is not None and not (self.split_layer == self.depth and self.reads_one_token)
+        """After the last block a class-token head reads no sizes; a source map says them; all else weighs tokens."""
+        reads = not (self.split_layer == self.depth and self.reads_one_token)
+        return self.policy is not None and reads and not self.sends_source
 
     def read_out(self, tokens: Packed) -> Callable[[], Tensor] | None:
         return partial(self.confidence, tokens) if self.classifies else None
@@ -202,6 +210,7 @@ class MergedClassifier(MergedTransformer):
             raise ValueError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
         self.check_images(images)
         x, grid = self.embed(images)
+        source = source or self.sends_source
         return self.run_layers(self.pack_embedded(x, grid, self.protected, source), range(self.split_layer))
 
     def _server(self, tokens: Packed) -> tuple[Packed, list[Tensor]]:

@@ -1,16 +1,14 @@
 """Merging in timm's VisionTransformer and Eva (EVA, EVA-02, DINOv3, RoPE-ViT): all that touches their internals.
 
-`patch` wraps a model; the model itself, its class and its state_dict stay as they are.
+The wrapped model, its class and its state_dict stay as they are.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models.eva import Eva, EvaAttention, EvaBlock
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,13 +17,6 @@ from tokmerge.merging.packed import Packed, attend
 from tokmerge.models.classifier import MergedClassifier
 from tokmerge.models.cost import ViTCost, linear_macs
 from tokmerge.models.rotary import Rotary
-
-POOLS = ("token", "avg", "max", "avgmax", "map")
-# Kinds of model, of their blocks and of the attention in these.
-SUPPORTED: dict[type, tuple[type, tuple[type, ...]]] = {
-    VisionTransformer: (Block, (Attention,)),
-    Eva: (EvaBlock, (EvaAttention, AttentionRope)),
-}
 
 
 class MergedViT(MergedClassifier):
@@ -168,64 +159,3 @@ class MergedEva(MergedViT):
         block = self.model.blocks[layer]
         out = block.mlp(block.norm2(x))
         return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
-
-
-def patch(
-    model: nn.Module, policy: Policy | None, *, precision: str = "float16", split_layer: int | None = None
-) -> MergedClassifier:
-    """Attach a merge policy to a vision transformer, or replace the one a patched model has.
-
-    Args:
-        model: timm VisionTransformer or Eva with standard pre-norm blocks (class token or none, registers, distilled,
-            layer scale, qk-norm, rotary positions; pooling token, avg, max, avgmax or map); one of transformers' models
-            in `tokmerge.models.encoders.ENCODERS`; or a patched model.
-        policy: what merges; None for nothing.
-        precision: of the token values in the payload, one of `tokmerge.wire.PRECISIONS`.
-        split_layer: how many blocks run before the tokens are sent; all of them by default.
-
-    Returns:
-        A module that maps images to (logits, Record). The model's class and state_dict are unchanged.
-
-    Raises:
-        TypeError: the model or the policy is of an unsupported kind.
-        ValueError: the policy does not fit the model, or an unknown precision or split.
-    """
-    given: Any = model.model if isinstance(model, MergedClassifier) else model
-    if type(given).__module__.startswith("transformers."):
-        from tokmerge.models.encoders import MergedEncoder
-
-        return MergedEncoder(given, policy, precision, split_layer)
-    if not isinstance(given, tuple(SUPPORTED)):
-        what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
-        raise TypeError(
-            f"cannot merge tokens in {what}: a timm VisionTransformer or Eva is needed "
-            "(timm.create_model('deit_small_patch16_224') makes one)"
-        )
-    base = next(kind for kind in SUPPORTED if isinstance(given, kind))
-    check_model(given, base)
-    return (MergedEva if base is Eva else MergedViT)(given, policy, precision, split_layer)  # type: ignore[arg-type]
-
-
-def check_model(model: Any, base: type) -> None:
-    """Raise TypeError if a timm model of a class in `SUPPORTED` has parts that are not known, or would be ignored."""
-    kind, attentions = SUPPORTED[base]
-    blocks: Any = model.blocks
-    for layer, block in enumerate(blocks):
-        if type(block) is not kind or type(blocks[layer].attn) not in attentions:
-            found = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
-            known = " or ".join(one.__name__ for one in attentions)
-            raise TypeError(
-                f"block {layer} of the model is a {found}: only timm's {kind.__name__} with {known} is supported"
-            )
-        linear_macs(blocks[layer])
-    if model.global_pool not in POOLS:
-        raise TypeError(f"global_pool={model.global_pool!r} is not supported: use one of {', '.join(POOLS)}")
-    own = ["forward", "forward_features", *(["forward_head", "pool"] if model.global_pool != "token" else [])]
-    for name in own:
-        if name in vars(model) or getattr(type(model), name) is not getattr(base, name):
-            raise TypeError(f"{type(model).__name__}.{name} is not timm's {base.__name__}'s, and would be ignored")
-
-
-def unpatch(merged: MergedClassifier) -> nn.Module:
-    """The model as it was before `patch`."""
-    return merged.model

@@ -20,6 +20,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from tokmerge.io import paths, store
+from tokmerge.models.saliency import SALIENCY_VIT, load_saliency_vit
 
 FASHION_VIT, FASHION_VIT_TAUGHT = "fashion-vit", "fashion-vit-taught"
 # Their files. The second met pooled and partial token grids in its training, the first has unlearned that.
@@ -56,7 +57,7 @@ def load_model(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -
     """A model ready to evaluate.
 
     Args:
-        name: one of `SHIPPED`, or any name timm knows.
+        name: one of `SHIPPED`, `tokmerge.models.saliency.SALIENCY_VIT`, or any name timm knows.
         checkpoint: local weights file; without it the shipped weights or timm's pretrained ones.
         **kwargs: passed to ``timm.create_model``.
 
@@ -70,9 +71,13 @@ def load_model(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -
         model: nn.Module = build_fashion_vit()
         weights = Path(checkpoint or paths.ASSETS / "train_vit" / f"{SHIPPED[name]}.safetensors")
         load_weights(model, weights, vit_card(name)["sha256"] if checkpoint is None else None)
+    elif name == SALIENCY_VIT:
+        model = load_saliency_vit(checkpoint, paths.root() / "data")
     elif not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
-        known = ", ".join(map(repr, SHIPPED)) + " or a timm name" + (f" such as {close}" if close else "")
+        known = (
+            ", ".join(map(repr, (*SHIPPED, SALIENCY_VIT))) + " or a timm name" + (f" such as {close}" if close else "")
+        )
         raise ValueError(f"unknown model {name!r}: use {known}")
     else:
         model = timm.create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **kwargs)

@@ -21,8 +21,8 @@ from tokmerge.io.cache import Cache
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.packed import Packed
 from tokmerge.models import zoo
+from tokmerge.models.patching import patch
 from tokmerge.models.vision_tower import patch_tower
-from tokmerge.models.vit import patch
 from tokmerge.privacy import decoder, leakage
 from tokmerge.privacy.defence import Defence, collect_tokens, serve
 from tokmerge.privacy.judge import classify

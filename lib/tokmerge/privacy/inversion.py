@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tokmerge.merging.calibration import Observed
 from tokmerge.merging.matching import Context, Merges, Policy
 from tokmerge.merging.packed import Packed
-from tokmerge.models.vit import patch
+from tokmerge.models.patching import patch
 
 
 def replayed(policy: Policy) -> Policy:

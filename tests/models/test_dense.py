@@ -1,0 +1,99 @@
+import checks
+import pytest
+import reference
+import tokmerge
+import torch
+from conftest import GEOMETRY
+from tokmerge import wire
+from tokmerge.channel.segmentation import encode_payloads
+from tokmerge.models.cost import module_macs
+from tokmerge.models.dense import DenseViT
+from torch import nn
+
+
+def build():
+    """A small random dense model: every patch of the 8 x 8 grid becomes 4 x 4 pixels of a map."""
+    torch.manual_seed(7)
+    decoder = nn.Sequential(nn.ConvTranspose2d(48, 1, 4, 4), nn.Flatten(1, 2))
+    arguments = {name: value for name, value in GEOMETRY.items() if name not in ("num_classes", "global_pool")}
+    model = DenseViT(decoder, **arguments).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3 if name == "pos_embed" else 1.5 * parameter.shape[-1] ** -0.5)
+    return model.requires_grad_(False)
+
+
+def plain(model, decide, feature="tokens"):
+    """The map of one image: every patch gets the value of the token that it became part of."""
+
+    def run(image):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+        mlp = lambda block, x: block.ls2(block.mlp(block.norm2(x)))  # noqa: E731
+        x, counts, sizes, groups = reference.run_layers(
+            x, model.blocks, reference.vit_layer, mlp, model.num_prefix_tokens, decide, feature
+        )
+        x, grid = model.norm(x), torch.zeros(65, 48, dtype=x.dtype)
+        for token, group in enumerate(groups):
+            grid[sorted(group)] = x[token]
+        return model.decoder(grid[1:].T.unflatten(1, (8, 8))[None])[0], counts, sizes, groups
+
+    return run
+
+
+POLICIES = {
+    "threshold": (tokmerge.Threshold([0.9, 1.0, 0.5, -1.0]), reference.threshold_choice([0.9, 1.0, 0.5, -1.0])),
+    "top r": (tokmerge.TopR([9, 0, 5, 20], "tokens"), reference.top_r_choice([9, 0, 5, 20])),
+}
+
+
+@pytest.mark.parametrize(("policy", "decide"), POLICIES.values(), ids=POLICIES)
+def test_maps_are_those_of_the_unmerged_grid(policy, decide, images):
+    model = build()
+    merged = tokmerge.patch(model, policy)
+    checks.equals_alone(merged, images)
+    checks.equals_plain(merged, images, plain(model.double(), decide))
+
+
+def test_without_merging_it_is_the_model_itself(images):
+    model = build()
+    found, record = tokmerge.patch(model, None)(images)
+    assert found.shape == (5, 32, 32)
+    torch.testing.assert_close(found, model(images), atol=1e-5, rtol=0)
+    decoder = module_macs(model.decoder, 1, 48, 8, 8)
+    assert decoder == 48 * 32 * 32
+    assert (record.macs - record.edge_macs == decoder).all(), "the decoder is the server's"
+    # Nothing has merged: the server knows where every token belongs.
+    assert record.payload_bytes[0] == len(wire.encode(torch.zeros(65, 48)))
+    checks.leaves_model_alone(model, lambda it: tokmerge.patch(it, tokmerge.TopR(3)), tokmerge.unpatch,
+                              lambda merged: merged(images))  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("policy", [tokmerge.Threshold(0.5), tokmerge.RandomPruning(7), tokmerge.ToFu(9)])
+def test_a_server_decodes_what_the_payload_says(split, policy, images):
+    merged = tokmerge.patch(build(), policy, split_layer=split, precision="float32")
+    expected, record = merged(images)
+    sent = merged.edge(images)
+    payloads = encode_payloads(merged, sent, wire.CHUNK_TOKENS)
+    assert [len(payload) for payload in payloads] == record.payload_bytes.tolist()
+    for i, payload in enumerate(payloads):
+        got = wire.decode(payload)
+        assert got.sizes is None, "the map says them"
+        alone = sent.images(torch.tensor([i]))
+        # The order of travel is undone by what the map names.
+        grid = got.tokens[got.source.clamp(min=0)] * (got.source >= 0)[:, None]
+        own = alone.x[alone.source[0].clamp(min=0)] * (alone.source[0] >= 0)[:, None]
+        assert torch.equal(grid, own)
+    torch.testing.assert_close(merged.serve(sent), expected)
+    if split == 4:
+        with pytest.raises(ValueError, match="came without a source map"):
+            merged.serve(sent.keep(torch.ones(len(sent.x), dtype=torch.bool)))
+
+
+def test_a_head_that_pools_nothing_needs_a_decoder():
+    import timm
+
+    bare = timm.models.VisionTransformer(**{**GEOMETRY, "global_pool": ""})
+    with pytest.raises(TypeError, match="global_pool='' is not supported"):
+        tokmerge.patch(bare, None)
