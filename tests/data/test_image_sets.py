@@ -68,6 +68,52 @@ def test_damaged_images_are_named_whatever_the_decoder_raises(kind, damage):
         image_sets.open_rgb(io.BytesIO(damage(content, content.find(b"IDAT"))), "photo")
 
 
+def test_pictures_of_any_folder_come_turned_and_without_labels(tmp_path):
+    rng, turned = np.random.default_rng(3), Image.Exif()
+    turned[0x0112] = 6
+    pixels = rng.integers(0, 256, (8, 12, 3), np.uint8)
+    (tmp_path / "inner" / "deep").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "inner" / "b.png", exif=turned)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "inner" / "deep" / "a.JPG")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "z.webp", lossless=True)
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = load_images("folder", "own", path=tmp_path)
+    assert images.ids == ["inner/b.png", "inner/deep/a.JPG", "z.webp"]
+    assert images.name == f"pictures in {tmp_path.name}"
+    found = list(images.examples())
+    assert {example.label for example in found} == set(images.labels.tolist()) == {-1}
+    assert {example.image.mode for example in found} == {"RGB"}
+    assert np.array_equal(np.asarray(found[0].image), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "message"),
+    [
+        ("deep.png", Image.new("I;16", (8, 8)), r"deep\.png cannot be read: it has more than 8 bits a channel"),
+        ("moving.gif", [Image.new("L", (8, 8), tone) for tone in (0, 255)], r"moving\.gif cannot be read: it has 2 fr"),
+        ("bad.jpg", None, r"bad\.jpg cannot be read: cannot identify"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_named_before_long_work(tmp_path, name, image, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    if image is None:
+        (tmp_path / name).write_bytes(b"no picture")
+    elif isinstance(image, list):
+        image[0].save(tmp_path / name, save_all=True, append_images=image[1:])
+    else:
+        image.save(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        imagenet.picture_folder(tmp_path)
+
+
+def test_a_folder_without_pictures_is_named(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        imagenet.picture_folder(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(DataError, match="holds no picture"):
+        imagenet.picture_folder(tmp_path)
+
+
 def hub_photos(folder, photos):
     """A local data set of encoded photos in two parquet files, features declared in its card as on the hub."""
     names = "".join(f"\n          '{i}': class {i}" for i in range(2))

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import os
-import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from tokmerge.data import debian
 from tokmerge.data.image_sets import DataError, Example, ImageSet
 from tokmerge.io import paths
 
@@ -127,7 +127,6 @@ def _fetching(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
         work = Path(temporary).resolve()
-        (work / "files").mkdir()
         yield work
         unpacked = work / "files" / UNPACKED
         for name in SHA256:
@@ -141,28 +140,7 @@ def _fetching(folder: Path) -> Iterator[Path]:
 def fetch_debian(folder: Path) -> None:
     """Fetch the four files from Debian's archive, without root, all or none; DataError if its tools miss or fail."""
     with _fetching(folder) as work:
-        for part in ("state/lists/partial", "cache/archives/partial"):
-            (work / part).mkdir(parents=True)
-        options = ["-o", f"Dir::State={work}/state", "-o", "Dir::State::status=/var/lib/dpkg/status"]
-        options += ["-o", f"Dir::Cache={work}/cache", "-o", "Debug::NoLocking=1"]
-        if os.geteuid() == 0:
-            # apt would change to its own user, which may not write here.
-            options += ["-o", "APT::Sandbox::User=root"]
-        _run(["apt-get", *options, "update"], work)
-        _run(["apt-get", *options, "download", DEBIAN_PACKAGE], work)
-        packages = list(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
-        if not packages:
-            raise DataError(f"apt-get downloaded no {DEBIAN_PACKAGE}")
-        _run(["dpkg-deb", "-x", str(packages[0]), "files"], work)
-
-
-def _run(command: list[str], folder: Path) -> None:
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DataError(f"{command[0]}: {error}") from error
-    if done.returncode:
-        raise DataError(f"{command[0]} failed: " + " / ".join(done.stderr.strip().splitlines()[-3:]))
+        debian.unpack([DEBIAN_PACKAGE], work)
 
 
 def fetch_hub(folder: Path, name: str = FASHION_HUB) -> None:

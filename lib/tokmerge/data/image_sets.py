@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,19 +23,21 @@ class DataError(ValueError):
 
 
 class Example(NamedTuple):
-    """One labelled image."""
+    """One labelled image; its mask, (H, W) bool, says where there is an object, None where that is not known."""
 
     id: str
     image: Image.Image
     label: int
+    mask: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
-    """B transformed examples: ids, images (B, C, H, W) float32, labels (B,) int64."""
+    """B transformed examples: ids, images (B, C, H, W) float32, labels (B,) int64, masks (B, H, W) bool or None."""
 
     ids: list[str]
     images: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class ImageSet:
 
     name: str  #: what results computed on it must be labelled with
     split: str  #: which part of it
-    classes: tuple[str, ...] = field(repr=False)  #: class names; a label is an index into them
+    classes: tuple[str, ...] = field(repr=False)  #: class names; a label is an index into them, -1 where there are none
     ids: Sequence[str] = field(repr=False)  #: of each example
     labels: np.ndarray = field(repr=False)  #: (N,) class of each example
     #: the examples from a position on
@@ -52,7 +54,8 @@ class ImageSet:
     at: Callable[[int], Example] | None = field(default=None, repr=False)  #: the example at a position
 
     def __post_init__(self) -> None:
-        if len(bad := np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))):
+        least = 0 if self.classes else -1
+        if len(bad := np.flatnonzero((self.labels < least) | (self.labels >= len(self.classes)))):
             where = f"example {self.ids[bad[0]]} of {self.name}, {self.split}, has label {self.labels[bad[0]]}"
             raise DataError(
                 f"{where}, which is none of its {len(self.classes)} classes: use a split with public labels"
@@ -83,8 +86,9 @@ def batches(images: ImageSet, transform: Callable[[Any], Tensor], batch_size: in
         raise ValueError(f"cannot cut {len(images)} examples into batches of {batch_size}")
     stream = images.examples(start)
     while chunk := list(islice(stream, batch_size)):
-        ids, pictures, labels = zip(*chunk, strict=True)
-        yield Batch(list(ids), torch.stack([transform(picture) for picture in pictures]), torch.tensor(labels))
+        ids, pictures, labels, masks = zip(*chunk, strict=True)
+        known = None if any(mask is None for mask in masks) else torch.from_numpy(np.stack(masks))
+        yield Batch(list(ids), torch.stack([transform(picture) for picture in pictures]), torch.tensor(labels), known)
 
 
 def tensors(images: ImageSet, transform: Callable[[Any], Tensor]) -> Batch:
@@ -96,7 +100,8 @@ def split_batch(batch: Batch, size: int) -> Iterable[Batch]:
     """Cut a set held in memory into batches of ``size``."""
     for start in range(0, len(batch.ids), size):
         part = slice(start, start + size)
-        yield Batch(batch.ids[part], batch.images[part], batch.labels[part])
+        masks = None if batch.masks is None else batch.masks[part]
+        yield Batch(batch.ids[part], batch.images[part], batch.labels[part], masks)
 
 
 def subset(images: ImageSet, positions: Sequence[int] | np.ndarray) -> ImageSet:
@@ -170,10 +175,14 @@ def divide(labels: Sequence[int] | np.ndarray, n_search: int, n_select: int, see
 
 
 def open_rgb(file: str | Path | io.BytesIO, name: str) -> Image.Image:
-    """An image file (path, or its bytes) as RGB; DataError with ``name`` if it cannot be read, for whatever reason."""
+    """An image file (path, or its bytes) as RGB, turned as its EXIF says; DataError if it cannot be used."""
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}): save it with 8")
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"it has {frames} frames: save one of them")
+            return ImageOps.exif_transpose(image).convert("RGB")
     # On damaged files decoders raise nearly anything: OSError, SyntaxError, ValueError, DecompressionBombError.
     except Exception as error:
         raise DataError(f"image {name} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tokmerge.data.hub import open_hub
 from tokmerge.data.image_sets import DataError, Example, ImageSet, open_rgb
@@ -39,6 +40,29 @@ def image_folder(path: str | Path, split: str = "val") -> ImageSet:
 
     title = f"ImageFolder {root.absolute().name}"
     return ImageSet(title, split, tuple(listing.classes), ids, np.array(listing.targets), at=at)
+
+
+def picture_folder(path: str | Path, split: str = "val") -> ImageSet:
+    """All pictures in a folder and the folders in it, without labels (-1), in the order of their paths.
+
+    Raises:
+        DataError: no such folder, no picture in it, or one that cannot be used (every file is looked at here).
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"picture folder {root} is not a folder")
+    known = set(Image.registered_extensions())
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file.suffix.lower() in known)
+    if not files:
+        raise DataError(f"picture folder {root} holds no picture ({', '.join(sorted(known)[:6])}, ...)")
+    for file in files:
+        open_rgb(file, str(file))
+    ids = [file.relative_to(root).as_posix() for file in files]
+
+    def at(position: int) -> Example:
+        return Example(ids[position], open_rgb(files[position], str(files[position])), -1)
+
+    return ImageSet(f"pictures in {root.absolute().name}", split, (), ids, np.full(len(ids), -1), at=at)
 
 
 def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSet:

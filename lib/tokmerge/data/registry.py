@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from tokmerge.data import fashion_mnist, scenes, vqav2
+from tokmerge.data import fashion_mnist, photos, scenes, vqav2
 from tokmerge.data.easy_vqa import load_easy_vqa
 from tokmerge.data.image_sets import DataError, ImageSet
-from tokmerge.data.imagenet import IMAGENET_HUB, image_folder, imagenet_hub
+from tokmerge.data.imagenet import IMAGENET_HUB, image_folder, imagenet_hub, picture_folder
 from tokmerge.data.questions import QuestionSet
 
-IMAGE_SOURCES = ("sample", "fashion-mnist", "imagefolder", "imagenet-1k")
+IMAGE_SOURCES = ("sample", "fashion-mnist", "photos", "imagefolder", "folder", "imagenet-1k")
 QUESTION_SOURCES = ("scenes", "easy-vqa", "vqav2", "vqav2-hub")
 
 
@@ -19,8 +19,9 @@ def load_images(
 
     Args:
         source: one of `IMAGE_SOURCES`.
-        split: "train" or "test" (sample, fashion-mnist); a label for imagefolder; the hub's split name.
-        path: where it lies; required for imagefolder, optional for fashion-mnist and imagenet-1k.
+        split: "train" or "test" (sample, fashion-mnist), one of `tokmerge.data.image_sets.SPLITS` (photos); a label
+            for imagefolder and folder; the hub's split name.
+        path: where it lies; required for imagefolder and folder, optional for fashion-mnist, photos and imagenet-1k.
         data_dir: where a fetched copy is kept.
 
     Raises:
@@ -30,6 +31,10 @@ def load_images(
         return fashion_mnist.sample(split)
     if source == "fashion-mnist":
         return fashion_mnist.load_fashion_mnist(split, path, data_dir)
+    if source == "photos":
+        return photos.load_photos(split, path, data_dir)
+    if source == "folder":
+        return picture_folder(_given(path, source, "a folder with pictures"), split)
     if source == "imagefolder":
         return image_folder(_given(path, source, "a folder with one folder of images per class"), split)
     if source == "imagenet-1k":
