@@ -1,9 +1,10 @@
-"""`tokmerge serve` and `tokmerge edge`: a device and a server that talk over HTTP."""
+"""`tokmerge serve` and `edge`: device and server that talk over HTTP. `tokmerge search`: how much a model can merge."""
 
 import argparse
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 try:
     import numpy as np
@@ -14,12 +15,14 @@ try:
     from tokmerge.channel.segmentation import protected_means
     from tokmerge.channel.server import Responder, Server, identity
     from tokmerge.data import fashion_mnist, image_sets
+    from tokmerge.data.imagenet import picture_folder
+    from tokmerge.io.extras import extra
     from tokmerge.merging.front import load_front
     from tokmerge.merging.policies import Threshold
     from tokmerge.models import zoo
     from tokmerge.models.classifier import MergedClassifier
     from tokmerge.models.merged import digest_weights
-    from tokmerge.models.vit import patch
+    from tokmerge.models.patching import patch
     from tokmerge.wire import PRECISIONS
 except ModuleNotFoundError as missing:
     raise SystemExit(f"tokmerge: {missing.name} is missing: pip install 'tokmerge[channel]'") from missing
@@ -42,6 +45,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="answer payloads over HTTP")
     edge = commands.add_parser("edge", help="send images and print what comes back")
+    search = commands.add_parser("search", help="how much a model can merge on pictures in a folder; no labels needed")
+    search.add_argument("--model", required=True, help="a timm name, saliency-vit or fashion-vit")
+    search.add_argument("--checkpoint", help="local weights of the model")
+    search.add_argument("--images", required=True, help="folder with pictures")
+    search.add_argument("--out", default="tokmerge-search", help="folder for front.json and report.md")
+    search.add_argument("--trials", type=whole(4), default=64, help="default 64")
+    search.add_argument("--pictures", type=whole(4), default=64, help="that every trial is measured on (default 64)")
+    search.add_argument("--seed", type=whole(0), default=0)
     for command in (serve, edge):
         command.add_argument("--host", default="127.0.0.1")
         command.add_argument(
@@ -116,11 +127,27 @@ async def run_device(given: argparse.Namespace) -> None:
           f"{1e3 * np.median([reply.seconds for reply in replies]):.0f} ms from sending to the answer")  # fmt: skip
 
 
+def run_search(given: argparse.Namespace) -> None:
+    """Search thresholds on a folder of pictures, and print the page about it."""
+    with extra("all"):
+        from tokmerge.search.own_pictures import search_pictures
+
+    model = zoo.load_model(given.model, given.checkpoint)
+    patch(model, None)  # what cannot be merged in is refused before the pictures are read
+    images, out = picture_folder(given.images), Path(given.out)
+    search_pictures(given.model, model, images, out, given.trials, given.pictures, seed=given.seed)
+    print((out / "report.md").read_text())
+    print(f"written: {out / 'front.json'}, {out / 'report.md'}, {out / 'report.png'}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     given = parser().parse_args(arguments)
     try:
-        asyncio.run(run_server(given) if given.command == "serve" else run_device(given))
+        if given.command == "search":
+            run_search(given)
+        else:
+            asyncio.run(run_server(given) if given.command == "serve" else run_device(given))
     except KeyboardInterrupt:
         pass
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
