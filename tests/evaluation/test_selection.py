@@ -2,6 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from tokmerge.evaluation import selection
+from tokmerge.merging.policies import Threshold
+from tokmerge.models.configuration import Configuration
 
 
 def table(**columns):
@@ -25,9 +27,9 @@ def test_every_run_sends_its_cheapest_of_each_limit_to_select():
 
 
 def test_the_cheapest_within_the_loss_is_chosen_or_nothing_merges():
-    points = TRIALS.assign(top1_drop=[0.0, 0.005, 0.006, 0.01, 0.005, -0.01])
+    points = TRIALS.assign(score_drop=[0.0, 0.005, 0.006, 0.01, 0.005, -0.01])
     chosen = selection.choose(points, 0.005)
-    found = chosen.set_index(["method", "seed", "cost"])[["macs_ratio", "bytes_ratio", "top1_drop", "merged"]]
+    found = chosen.set_index(["method", "seed", "cost"])[["macs_ratio", "bytes_ratio", "score_drop", "merged"]]
     assert found.loc[("a", 0, "macs_ratio")].tolist() == [0.5, 0.6, 0.005, True]
     assert found.loc[("a", 0, "bytes_ratio")].tolist() == [0.6, 0.5, 0.0, True]
     assert found.loc[("a", 1, "macs_ratio")].tolist() == [1.0, 1.0, 0.0, False]
@@ -47,10 +49,10 @@ def test_an_interval_is_that_of_paired_differences():
 
 def test_a_method_is_the_run_in_the_middle():
     chosen = table(method=["a"] * 3 + ["b"] * 2, seed=[0, 1, 2, 0, 1], cost="macs_ratio",
-                   macs_ratio=[0.4, 0.2, 0.3, 1.0, 0.5], top1_drop=[0.1, 0.2, 0.3, 0.0, 0.5])  # fmt: skip
-    found = selection.summarise(chosen, ["top1_drop"]).set_index("method")
-    assert found.loc["a", ["value", "low", "high", "top1_drop", "n_runs"]].tolist() == [0.3, 0.2, 0.4, 0.3, 3]
-    assert found.loc["b", ["value", "low", "high", "top1_drop"]].tolist() == [1.0, 0.5, 1.0, 0.0]
+                   macs_ratio=[0.4, 0.2, 0.3, 1.0, 0.5], score_drop=[0.1, 0.2, 0.3, 0.0, 0.5])  # fmt: skip
+    found = selection.summarise(chosen, ["score_drop"]).set_index("method")
+    assert found.loc["a", ["value", "low", "high", "score_drop", "n_runs"]].tolist() == [0.3, 0.2, 0.4, 0.3, 3]
+    assert found.loc["b", ["value", "low", "high", "score_drop"]].tolist() == [1.0, 0.5, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -64,10 +66,10 @@ def test_halving_finds_what_measuring_all_would(seed):
 
     def measure(row):
         asked.append(row["kl"])
-        return {**row, "top1_drop": row["kl"]}
+        return {**row, "score_drop": row["kl"]}
 
     chosen = selection.choose(selection.halve(listed, "kl", measure, 0.35), 0.35)
-    everything = selection.choose(listed.assign(top1_drop=listed.kl), 0.35)
+    everything = selection.choose(listed.assign(score_drop=listed.kl), 0.35)
     pd.testing.assert_frame_equal(chosen, everything[chosen.columns])
     assert len(asked) == len(set(asked)) <= 2 * 3
 
@@ -75,10 +77,38 @@ def test_halving_finds_what_measuring_all_would(seed):
 def test_halving_believes_select_and_not_search():
     listed = table(kl=[0.03, 0.02, 0.01], macs_ratio=[0.1, 0.2, 0.3], bytes_ratio=[0.1, 0.2, 0.3])
     drops = {0.03: 0.01, 0.02: 0.0, 0.01: 0.02}
-    found = selection.halve(listed, "kl", lambda row: {**row, "top1_drop": drops[row["kl"]]}, 0.005)
+    found = selection.halve(listed, "kl", lambda row: {**row, "score_drop": drops[row["kl"]]}, 0.005)
     assert found.kl.tolist() == [0.02, 0.03]
 
 
 def test_interval_is_the_textbook_one():
     mean, half = selection.interval([0.0, 1.0, 1.0, 0.0])
     assert (mean, half) == (0.5, pytest.approx(1.96 * (1 / 3) ** 0.5 / 2, rel=1e-4))
+
+
+@pytest.mark.parametrize(("max_drop", "chosen"), [(0.03, 0.7), (0.011, 0.9), (0.001, None)])
+def test_a_family_is_measured_chosen_and_reported_on_images_of_its_own(max_drop, chosen):
+    points = [Configuration(Threshold(tau)) for tau in (0.9, 0.7, 0.5)]
+    seen = {"search": [], "select": [], "test": []}
+
+    def measure(split, lost):
+        def on(point):
+            tau = point.policy.thresholds
+            seen[split].append(tau)
+            return {"kl": 1 - tau, "score_drop": lost * (1 - tau), "score_drop_sem": 0.01,
+                    "macs_ratio": tau, "bytes_ratio": tau / 2}  # fmt: skip
+
+        return on
+
+    on = {split: measure(split, lost) for split, lost in (("search", 0.0), ("select", 0.1), ("test", 0.5))}
+    found = selection.one_family(points, on, "kl", [0.15, 0.35, 0.9], max_drop)
+    assert seen["search"] == [0.9, 0.7, 0.5]
+    assert found.cost.tolist() == ["macs_ratio", "bytes_ratio"]
+    if chosen is None:
+        assert not seen["test"]
+        assert found[["macs_ratio", "bytes_ratio", "score_drop", "merged"]].values.tolist() == [[1, 1, 0, False]] * 2
+    else:
+        assert set(seen["test"]) == {chosen}
+        assert found.macs_ratio.tolist() == [chosen] * 2
+        assert found.score_drop.tolist() == pytest.approx([0.5 * (1 - chosen)] * 2)
+        assert found.drop_ci95.tolist() == pytest.approx([0.0196] * 2, abs=1e-4)

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from tokmerge.evaluation.objective import COSTS
+from tokmerge.models.configuration import from_row
 
 RUN = ["method", "seed"]
 # Normal: there are thousands of images.
@@ -47,7 +48,7 @@ def shortlist(trials: pd.DataFrame, axis: str, limits: Sequence[float]) -> pd.Da
 
 def halve(
     listed: pd.DataFrame, axis: str, measure: Callable[[dict[str, Any]], Mapping[str, Any]], max_drop: float,
-    drop: str = "top1_drop",
+    drop: str = "score_drop",
 ) -> pd.DataFrame:  # fmt: skip
     """What listed trials of one run do on *select*: for each cost the middle one, then that of the half that is left.
 
@@ -63,7 +64,7 @@ def halve(
         drop: the column of the loss.
 
     >>> listed = pd.DataFrame({"macs_ratio": [0.2, 0.5, 0.9], "bytes_ratio": [0.2, 0.5, 0.9], "kl": [0.02, 0.01, 0.0]})
-    >>> halve(listed, "kl", lambda row: {"top1_drop": row["kl"]}, 0.005).top1_drop.tolist()
+    >>> halve(listed, "kl", lambda row: {"score_drop": row["kl"]}, 0.005).score_drop.tolist()
     [0.01, 0.0]
     """
     measured: dict[int, Mapping[str, Any]] = {}
@@ -86,7 +87,7 @@ def on_select(
     """What the listed trials of every run do on *select*: `shortlist`, then `halve`; runs differ in columns ``by``.
 
     >>> trials = pd.DataFrame({"method": ["a", "b"], "seed": 0, "kl": 0.1, "macs_ratio": 0.5, "bytes_ratio": 0.5})
-    >>> on_select(trials, "kl", [0.2], lambda row: {"top1_drop": 0.0, "method": row["method"]}, 0.01).method.tolist()
+    >>> on_select(trials, "kl", [0.2], lambda row: {"score_drop": 0.0, "method": row["method"]}, 0.01).method.tolist()
     ['a', 'b']
     """
     runs = tqdm(list(trials.groupby(list(by), sort=False)), desc="select", unit="run")
@@ -94,7 +95,7 @@ def on_select(
     return pd.concat(found, ignore_index=True)
 
 
-def choose(points: pd.DataFrame, max_drop: float, drop: str = "top1_drop") -> pd.DataFrame:
+def choose(points: pd.DataFrame, max_drop: float, drop: str = "score_drop") -> pd.DataFrame:
     """For every run and cost the cheapest point that loses no more than ``max_drop`` on *select*.
 
     Args:
@@ -106,7 +107,7 @@ def choose(points: pd.DataFrame, max_drop: float, drop: str = "top1_drop") -> pd
         One row per run and cost (column ``cost``): the point's; where none stays within, a row with ``merged`` False,
         ratios of 1 and no loss.
 
-    >>> points = pd.DataFrame({"method": "m", "seed": 0, "top1_drop": [0.0, 0.01], "macs_ratio": [0.5, 0.1],
+    >>> points = pd.DataFrame({"method": "m", "seed": 0, "score_drop": [0.0, 0.01], "macs_ratio": [0.5, 0.1],
     ...                        "bytes_ratio": [0.3, 0.1]})
     >>> choose(points, 0.005)[["cost", "macs_ratio", "merged"]].values.tolist()
     [['macs_ratio', 0.5, True], ['bytes_ratio', 0.5, True]]
@@ -121,6 +122,36 @@ def choose(points: pd.DataFrame, max_drop: float, drop: str = "top1_drop") -> pd
                 nothing = dict(zip(RUN, run, strict=True)) | {drop: 0.0, **dict.fromkeys(COSTS, 1.0)}
                 rows.append({**nothing, "cost": cost, "merged": False})
     return pd.DataFrame(rows)
+
+
+def one_family(
+    points: Sequence[Any], on: Mapping[str, Callable[[Any], Mapping[str, float]]], axis: str, limits: Sequence[float],
+    max_drop: float,
+) -> pd.DataFrame:  # fmt: skip
+    """The whole rule for a family with one number, of a model of its own, in one piece.
+
+    Args:
+        points: configurations; every one is measured on *search*.
+        on: under "search", "select" and "test" what measures a configuration there.
+        axis, limits, max_drop: as of `shortlist` and `choose`.
+
+    Returns:
+        A row per cost: merged, configuration, `COSTS`, score_drop and its half interval drop_ci95, on *test*.
+    """
+    run = dict(zip(RUN, ("one family", 0), strict=True))
+    rows = [{**run, **point.row(), **on["search"](point)} for point in tqdm(points, desc="search", unit="point")]
+    listed = on_select(
+        pd.DataFrame(rows), axis, limits, lambda row: {**row, **on["select"](from_row(row))}, max_drop
+    )  # fmt: skip
+    found = []
+    for row in choose(listed, max_drop).to_dict("records"):
+        tested = on["test"](from_row(row)) if row["merged"] else {**row, "score_drop_sem": 0.0}
+        found.append({
+            "cost": row["cost"], "merged": row["merged"], "configuration": row.get("configuration"),
+            **{cost: tested[cost] for cost in COSTS}, "score_drop": tested["score_drop"],
+            "drop_ci95": Z95 * tested["score_drop_sem"],
+        })  # fmt: skip
+    return pd.DataFrame(found)
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
