@@ -4,7 +4,7 @@ import reference
 import tokmerge
 import torch
 from tokmerge.evaluation.calibrate import calibrate, similarity_statistics, thresholds_for_rates
-from tokmerge.evaluation.classification import evaluate
+from tokmerge.evaluation.outcomes import evaluate
 
 
 @pytest.mark.parametrize("policy", [None, tokmerge.TopR(6)])

@@ -13,11 +13,10 @@ from conftest import build, save_inputs
 from PIL import Image
 from tokmerge import wire
 from tokmerge.data import image_sets
-from tokmerge.data.image_sets import Batch
 from tokmerge.data.imagenet import image_folder
-from tokmerge.evaluation import classification, objective, workers
-from tokmerge.evaluation.classification import Outcome
+from tokmerge.evaluation import objective, outcomes, workers
 from tokmerge.evaluation.objective import Objective
+from tokmerge.evaluation.outcomes import Outcome
 from tokmerge.io.cache import Cache
 from tokmerge.merging.policies import Threshold, TopR
 from tokmerge.models import zoo
@@ -50,8 +49,8 @@ def test_compare_by_hand():
         "loss": loss,
         "loss_rise": rise,
         # Of two equal logits the first counts as the prediction.
-        "top1": np.array([1, 0]),
-        "top1_drop": np.array([0, 0]),
+        "score": np.array([1, 0]),
+        "score_drop": np.array([0, 0]),
         "disagreement": np.array([0, 0]),
         # The unmerged model prefers its first class by a half, and by nothing.
         "margin_kl": kl * np.array([0.5, 1.0]) / 0.75,
@@ -85,8 +84,8 @@ def test_ratios_are_those_of_the_patched_model(measured):
 
 
 def test_a_configuration_is_evaluated_once(measured, monkeypatch):
-    runs, real = [], classification.evaluate
-    monkeypatch.setattr(classification, "evaluate", lambda *args: runs.append(1) or real(*args))
+    runs, real = [], outcomes.evaluate
+    monkeypatch.setattr(outcomes, "evaluate", lambda *args: runs.append(1) or real(*args))
     first = measured(Configuration(Threshold([0.5] * 4)))
     first["kl"] = -1
     assert measured(Configuration(Threshold([0.5] * 4)))["kl"] >= 0, "a copy"
@@ -97,7 +96,7 @@ def test_images_are_taken_from_the_first_on_and_two_are_needed(measured):
     assert [batch.ids for batch in measured.batches(3)] == [["a", "b"], ["c"]]
     assert [batch.ids for batch in measured.batches()] == [["a", "b"], ["c", "d"], ["e"]]
     with pytest.raises(ValueError, match="cannot measure on 1 images"):
-        Objective(measured.model, Batch(*(part[:1] for part in measured.images)))
+        Objective(measured.model, next(iter(image_sets.split_batch(measured.images, 1))))
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8", "int4"])
@@ -144,7 +143,7 @@ def expected(inputs_dir):
     for name, configuration in CONFIGURATIONS.items():
         merged = tokmerge.patch(evaluation.model, configuration.policy)
         images = image_sets.batches(evaluation.images, zoo.transform(evaluation.model), 1)
-        outcome = classification.evaluate(merged, images)
+        outcome = outcomes.evaluate(merged, images)
         frame = outcome.frame().rename(columns={"tokens": "tokens_sent"})
         rows[name] = frame.assign(tokens=outcome.tokens.tolist())
     return rows

@@ -4,7 +4,7 @@ import tokmerge
 import torch
 from conftest import build
 from tokmerge.evaluation import timing
-from tokmerge.evaluation.dense import dense_limit, dense_tome
+from tokmerge.evaluation.dense_batches import dense_limit, dense_tome
 
 
 def test_peak_memory_by_hand():

@@ -29,7 +29,7 @@ def objective():
 
 def test_no_merging_costs_nothing_and_saves_nothing(objective):
     measured = objective(Configuration(Threshold(1.0)))
-    assert [measured[name] for name in ("top1_drop", "kl", "macs_ratio", "bytes_ratio")] == [0, 0, 1, 1]
+    assert [measured[name] for name in ("score_drop", "kl", "macs_ratio", "bytes_ratio")] == [0, 0, 1, 1]
     assert measured["n_questions"] == len(objective.questions)
 
 
@@ -63,7 +63,7 @@ def test_compare_by_hand():
     less = pd.DataFrame({"accuracy": [1.0, 0.0], "macs": [5, 5], "tokens": [2, 1], "payload_bytes": [4, 2]})
     p, q = torch.tensor([[0.5, 0.5]] * 2).log(), torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
     kl = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2
-    hand = {"top1_drop": 0.5, "macs_ratio": 0.375, "bytes_ratio": 0.375, "kl": kl, "root_kl": kl**0.5}
+    hand = {"score_drop": 0.5, "macs_ratio": 0.375, "bytes_ratio": 0.375, "kl": kl, "root_kl": kl**0.5}
     found = vqa_objective.compare_answers((less, q), (base, p))
     assert {name: found[name] for name in hand} == pytest.approx(hand)
 

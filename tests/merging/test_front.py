@@ -10,10 +10,10 @@ from tokmerge.merging.calibration import Observed
 from tokmerge.merging.front import Front, Point
 
 POINTS = (
-    Point(Threshold((0.99, 0.98)), top1=0.900, macs_ratio=0.80, bytes_ratio=0.50),
-    Point(Threshold((0.97, 0.96), "keys"), top1=0.896, macs_ratio=0.50, bytes_ratio=0.20),
-    Point(TopR((3, 4)), top1=0.895, macs_ratio=0.45, bytes_ratio=0.25),
-    Point(TopR(9, "tokens"), top1=0.850, macs_ratio=0.20, bytes_ratio=0.05),
+    Point(Threshold((0.99, 0.98)), score=0.900, macs_ratio=0.80, bytes_ratio=0.50),
+    Point(Threshold((0.97, 0.96), "keys"), score=0.896, macs_ratio=0.50, bytes_ratio=0.20),
+    Point(TopR((3, 4)), score=0.895, macs_ratio=0.45, bytes_ratio=0.25),
+    Point(TopR(9, "tokens"), score=0.850, macs_ratio=0.20, bytes_ratio=0.05),
 )
 FRONT = Front("vit", "toy data", 0.9, POINTS)
 
@@ -50,7 +50,7 @@ def test_policy_file_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "version 2, this package reads version 4"),
+        (lambda c: c.update(version=2), "version 2, this package reads version 5"),
         (lambda c: c.update(points=[]), "points must be a non-empty list"),
         (lambda c: c["points"][2].update(policy=None), r"points\[2\]\.policy must be an object"),
         (lambda c: c["points"][2]["policy"].update(kind="Magic"), r"points\[2\]\.policy: unknown policy 'Magic'"),
@@ -60,7 +60,7 @@ def test_policy_file_round_trip(tmp_path):
         (lambda c: c.update(points=[c["points"][0] | {"policy": {"kind": "TopR", "r": []}}]), "same number of values"),
         (lambda c: c["points"][1]["policy"].update(feature="values"), "unknown feature 'values'"),
         (lambda c: c["points"][0].update(macs_ratio="0.5"), r"points\[0\]\.macs_ratio is '0\.5'"),
-        (lambda c: c.pop("unmerged_top1"), "unmerged_top1 is None"),
+        (lambda c: c.pop("unmerged_score"), "unmerged_score is None"),
         (lambda c: c.update(model=3), "model is 3, not a string"),
     ],
 )
@@ -76,11 +76,11 @@ def test_a_bad_policy_file_is_named(tmp_path, change, message):
 
 
 def test_build_keeps_what_a_policy_file_needs():
-    rows = [{**vars(point), "top1": np.float32(point.top1), "kl": 0.1} for point in POINTS]
+    rows = [{**vars(point), "score": np.float32(point.score), "kl": 0.1} for point in POINTS]
     built = front.build_front(rows, "vit", "toy data", np.float32(0.9))
     assert [point.policy for point in built.points] == [point.policy for point in POINTS]
-    assert built.points[3].top1 == pytest.approx(0.85)
-    assert {type(built.unmerged_top1), *(type(point.top1) for point in built.points)} == {float}
+    assert built.points[3].score == pytest.approx(0.85)
+    assert {type(built.unmerged_score), *(type(point.score) for point in built.points)} == {float}
 
 
 def test_a_front_is_of_one_models_weights(tmp_path):

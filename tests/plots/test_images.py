@@ -15,9 +15,9 @@ from tokmerge.plots.images import (
 
 
 def test_draw_adaptivity_compares_tenths_of_confidence():
-    unmerged = pd.DataFrame({"macs": 100.0, "confidence": np.linspace(0, 1, 200), "prediction": 0})
-    mine = pd.DataFrame({"macs": 60 - 40 * unmerged.confidence, "prediction": 0})
-    fixed = pd.DataFrame({"macs": 40.0, "prediction": [1] * 10 + [0] * 190})
+    unmerged = pd.DataFrame({"macs": 100.0, "confidence": np.linspace(0, 1, 200), "score": 1.0})
+    mine = pd.DataFrame({"macs": 60 - 40 * unmerged.confidence, "score": 1.0})
+    fixed = pd.DataFrame({"macs": 40.0, "score": [0.0] * 10 + [1.0] * 190})
     _, axes = plt.subplots(1, 3)
     draw_adaptivity(axes, mine, fixed, unmerged)
     expected = [(mine.macs / 100)[start : start + 20].mean() for start in range(0, 200, 20)]
@@ -36,7 +36,7 @@ def test_draw_splits_has_a_line_per_method_and_the_smallest_good_image():
         for precision in ("float16", "int4")
         for split in range(3)
     ]
-    sent = pd.DataFrame({"sent": ["jpeg"] * 3, "payload_bytes": [50, 80, 120], "top1_drop": [0.2, 0.004, 0.0]})
+    sent = pd.DataFrame({"sent": ["jpeg"] * 3, "payload_bytes": [50, 80, 120], "score_drop": [0.2, 0.004, 0.0]})
     _, axes = plt.subplots(1, 2)
     draw_splits(axes, pd.DataFrame(rows, columns=columns), sent)
     assert [list(line.get_ydata()) for line in axes[0].lines[:4]] == [[1, 101, 201]] * 2 + [[1, 11, 21]] * 2
@@ -48,9 +48,9 @@ def test_draw_splits_has_a_line_per_method_and_the_smallest_good_image():
 def test_draw_sweep_shows_every_method_and_the_unmerged_accuracy():
     sweep = pd.DataFrame(
         [("unmerged", 0.9, 1.0), ("threshold", 0.8, 0.3), ("threshold", 0.85, 0.6), ("fixed r", 0.7, 0.2)],
-        columns=["method", "top1", "macs_ratio"],
+        columns=["method", "score", "macs_ratio"],
     )
-    sweep = sweep.assign(top1_low=sweep.top1 - 0.01, top1_high=sweep.top1 + 0.02)
+    sweep = sweep.assign(score_low=sweep.score - 0.01, score_high=sweep.score + 0.02)
     _, ax = plt.subplots()
     draw_sweep(ax, sweep, "macs_ratio")
     (threshold, _, (bars,)), (fixed, _, _) = ax.containers
@@ -73,7 +73,7 @@ def test_draw_chosen_groups_methods_and_says_what_they_lose():
     rows = [(method, cost, value, value - 0.1, value + 0.1, 0.004, 0.003)
             for cost in ("macs_ratio", "bytes_ratio")
             for method, value in (("ToMe", 0.5), ("threshold", 0.4), ("fixed r", 1.0))]  # fmt: skip
-    columns = ["method", "cost", "value", "low", "high", "top1_drop", "drop_ci95"]
+    columns = ["method", "cost", "value", "low", "high", "score_drop", "drop_ci95"]
     _, axes = plt.subplots(1, 2)
     draw_chosen(axes, pd.DataFrame(rows, columns=columns), GROUPS)
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["threshold", "ToMe", "fixed r"]

@@ -45,7 +45,7 @@ def test_draw_choices_shows_what_was_promised_beside_what_is_kept():
     rows = [(method, seed, "macs_ratio", rule, value + 0.1 * seed, drop)
             for method, value in (("sobol", 0.6), ("ax", 0.5)) for seed in (0, 1)
             for rule, drop in (("chosen", 0.004), ("promised", 0.01))]  # fmt: skip
-    columns = ["method", "seed", "cost", "rule", "value", "top1_drop"]
+    columns = ["method", "seed", "cost", "rule", "value", "score_drop"]
     _, axes = plt.subplots(1, 2)
     draw_choices(axes, pd.DataFrame(rows, columns=columns), 0.005)
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["ax", "sobol"]

@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from tokmerge.data.image_sets import Batch
-from tokmerge.evaluation.classification import evaluate
+from tokmerge.evaluation.outcomes import evaluate
 from tokmerge.merging.calibration import Calibration, Observed, observe
 from tokmerge.merging.matching import Context, Merges, Policy, match
 from tokmerge.merging.peers import AdaMerge
 from tokmerge.merging.policies import Threshold, check_length, moments
-from tokmerge.models.vit import patch
+from tokmerge.models.patching import patch
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], feature: str = "tokens") -> Calibration:

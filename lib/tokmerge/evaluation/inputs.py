@@ -1,5 +1,6 @@
 """What notebook 10_inputs settled on: the model, and which images belong to which split."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +54,7 @@ class Inputs:
             raise ValueError(f"unknown split {split!r}: use {', '.join(SPLITS[1:])}")
         params = self.facts["params"]
         where = {"path": params["data_path"], "data_dir": paths.root() / "data"}
-        images = load_images(params["dataset"], params["test_source" if split == "test" else "search_source"], **where)
+        images = load_images(params["dataset"], source_of(split, params), **where)
         wanted = set(self.splits.id[self.splits.split == split])
         part = image_sets.subset(images, [i for i, identifier in enumerate(images.ids) if identifier in wanted])
         if len(part) != len(wanted):
@@ -65,6 +66,13 @@ class Inputs:
     def batch(self, split: str, n: int | None = None, skip: int = 0) -> Batch:
         """Those images in one batch, as the model takes them: for sets that fit in memory."""
         return image_sets.tensors(self.images(split, n, skip), zoo.transform(self.model))
+
+
+def source_of(split: str, params: Mapping[str, Any]) -> str:
+    """The part of a data set that a split's images come from; those to choose by are cut from the search images' own
+    where there is no part for them."""
+    name = {"test": "test_source", "select": "select_source"}.get(split, "search_source")
+    return str(params[name] or params["search_source"])
 
 
 def open_inputs(inputs_dir: str | Path, device: str | torch.device | None = None) -> Inputs:

@@ -10,21 +10,20 @@ from functools import cached_property
 
 import pandas as pd
 from torch import nn
-from torch.nn import functional as F
 
 from tokmerge import wire
 from tokmerge.data import image_sets
 from tokmerge.data.image_sets import Batch, ImageSet
-from tokmerge.evaluation import classification
-from tokmerge.evaluation.classification import Outcome
+from tokmerge.evaluation import outcomes
 from tokmerge.evaluation.inputs import open_inputs
+from tokmerge.evaluation.outcomes import Outcome
 from tokmerge.evaluation.workers import Shard
 from tokmerge.models import zoo
 from tokmerge.models.configuration import Configuration
-from tokmerge.models.vit import patch
+from tokmerge.models.patching import patch
 
 # What may stand on the accuracy axis; each is 0 for the unmerged model and grows as merging does harm.
-AXES = ("kl", "root_kl", "root_margin_kl", "loss_rise", "disagreement", "top1_drop")
+AXES = ("kl", "root_kl", "root_margin_kl", "loss_rise", "disagreement", "score_drop")
 COSTS = ("macs_ratio", "bytes_ratio")
 
 
@@ -51,11 +50,12 @@ class Objective:
         """Measure a configuration.
 
         Returns:
-            Means over the images and their standard errors (``<name>_sem``): top1 and loss; kl, the divergence
-            KL(unmerged || merged) of the predicted distributions, and its root; root_margin_kl, the same of a mean in
-            which images count the more the nearer the unmerged model's first two classes are; disagreement, the share
-            of images given another class than without merging; loss_rise and top1_drop against the unmerged model;
-            macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged at float16; n_images.
+            Means over the images and their standard errors (``<name>_sem``): score (see
+            `tokmerge.evaluation.outcomes`); kl, the divergence KL(unmerged || merged) of the predicted distributions,
+            and its root; root_margin_kl, the same of a mean in which images (pixels of a map) count the more the more
+            the unmerged model is in doubt; disagreement, the share of images (pixels) given another answer than
+            without merging; score_drop, and where the truth is known loss_rise, both against the unmerged
+            model; macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged at float16; n_images.
         """
         if configuration not in self._measured:
             self._measured[configuration] = compare_outcomes(self._run(configuration), self.unmerged)
@@ -69,8 +69,9 @@ class Objective:
     @property
     def about(self) -> dict[str, float]:
         """What measurements depend on: the number of images, and what the unmerged model does with them."""
-        unmerged = self.unmerged.summary()
-        return {"n_images": unmerged["n_images"], "loss": round(unmerged["loss"], 5), "macs": unmerged["macs"]}
+        made = self.unmerged
+        size = round(made.logits.double().square().mean().sqrt().item(), 4)
+        return {"n_images": len(made.ids), "logits": size, "macs": made.macs.double().mean().item()}
 
     def batches(self, n_images: int | None = None) -> Iterable[Batch]:
         """The first n images (all by default), a forward pass at a time."""
@@ -89,31 +90,18 @@ def evaluate_configuration(model: nn.Module, configuration: Configuration, batch
     precision = configuration.precision
     merged = patch(model, configuration.policy, precision=precision, split_layer=configuration.split_layer)
     if precision not in ("int8", "int4"):
-        return classification.evaluate(merged, batches)
-    return classification.evaluate(merged, batches, through=lambda sent: sent.with_x(wire.quantise(sent.x, precision)))
+        return outcomes.evaluate(merged, batches)
+    return outcomes.evaluate(merged, batches, through=lambda sent: sent.with_x(wire.quantise(sent.x, precision)))
 
 
 def compare_outcomes(merged: Outcome, unmerged: Outcome) -> dict[str, float]:
     """Means and standard errors of a merged model's outcome against the unmerged model's, image by image."""
-    log_p, log_q = unmerged.logits.double().log_softmax(1), merged.logits.double().log_softmax(1)
-    hit = (merged.logits.argmax(1) == merged.labels).double()
-    loss = F.cross_entropy(merged.logits.double(), merged.labels, reduction="none")
-    kl = (log_p.exp() * (log_p - log_q)).sum(1)
-    first, second = log_p.exp().topk(2).values.unbind(1)
-    doubt = 1 - (first - second)
-    columns = {
-        "top1": hit,
-        "loss": loss,
-        "kl": kl,
-        "margin_kl": kl * doubt / doubt.mean().clamp_min(1e-12),
-        "disagreement": (unmerged.logits.argmax(1) != merged.logits.argmax(1)).double(),
-        "loss_rise": loss - F.cross_entropy(unmerged.logits.double(), merged.labels, reduction="none"),
-        "top1_drop": (unmerged.logits.argmax(1) == merged.labels).double() - hit,
+    columns = merged.compare(unmerged) | {
         "macs_ratio": merged.macs / unmerged.macs.double(),
         "tokens_ratio": merged.tokens[:, -1] / unmerged.tokens[:, -1].double(),
         "bytes_ratio": merged.payload_bytes / unmerged.payload_bytes.double(),
     }
-    measured = {"n_images": float(len(hit))}
+    measured = {"n_images": float(len(merged.ids))}
     for name, values in columns.items():
         measured |= {name: values.mean().item(), f"{name}_sem": (values.std() / len(values) ** 0.5).item()}
     for name in ("kl", "margin_kl"):

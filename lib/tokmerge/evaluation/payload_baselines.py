@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from tokmerge import wire
 from tokmerge.data.image_sets import Batch
 from tokmerge.evaluation import image_codecs
+from tokmerge.evaluation.outcomes import kind_of
 from tokmerge.merging.matching import Policy
 from tokmerge.models import zoo
-from tokmerge.models.vit import patch
+from tokmerge.models.classifier import MergedClassifier
+from tokmerge.models.patching import patch
 
 
 def send_images(model: nn.Module, batches: Iterable[Batch], format: str, quality: int) -> pd.DataFrame:
@@ -29,17 +31,18 @@ def send_images(model: nn.Module, batches: Iterable[Batch], format: str, quality
         format, quality: as of `tokmerge.evaluation.image_codecs.compress`.
 
     Returns:
-        One row per image: id, label, prediction, payload_bytes, and scan_bytes, a JPEG without headers and tables.
+        One row per image: id, label, `tokmerge.evaluation.outcomes.Outcome.answers`, payload_bytes, and scan_bytes, a
+        JPEG without headers and tables.
     """
     rows = []
-    device = next(model.parameters()).device
+    merged, device = patch(model, None), next(model.parameters()).device
     for batch in batches:
         payloads = [image_codecs.compress(_picture(model, image), format, quality) for image in batch.images]
         received = torch.stack([_normalised(model, image_codecs.decompress(payload)) for payload in payloads])
         with torch.inference_mode():
-            predictions = model(received.to(device)).argmax(1).tolist()
+            logits = model(received.to(device))
         scans = [image_codecs.scan_bytes(payload) if format == "jpeg" else len(payload) for payload in payloads]
-        rows.append(_sent(batch, predictions, payloads, scan_bytes=scans))
+        rows.append(_sent(merged, batch, logits, payloads, scan_bytes=scans))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -61,7 +64,8 @@ def send_tokens(
     """The tokens after ``split_layer`` blocks of a timm VisionTransformer, at each of some `tokmerge.wire.PRECISIONS`.
 
     Returns:
-        One row per image and precision: id, label, prediction from the received values, precision, payload_bytes.
+        One row per image and precision: id, label, `tokmerge.evaluation.outcomes.Outcome.answers` from the received
+        values, precision, payload_bytes.
     """
     rows = []
     merged = patch(model, policy, split_layer=split_layer)
@@ -69,17 +73,21 @@ def send_tokens(
         with torch.inference_mode():
             sent = merged.edge(batch.images.to(next(model.parameters()).device))
             for precision in precisions:
-                payloads = wire.encode_images(sent.x, sent.layout.counts, merged.sent_sizes(sent), precision)
-                predictions = merged.serve(sent.with_x(wire.quantise(sent.x, precision))).argmax(1).tolist()
-                rows.append(_sent(batch, predictions, payloads, precision=precision))
+                sizes, source = merged.sent_sizes(sent), merged.sent_source(sent)
+                payloads = wire.encode_images(sent.x, sent.layout.counts, sizes, precision, source=source)
+                logits = merged.serve(sent.with_x(wire.quantise(sent.x, precision)))
+                rows.append(_sent(merged, batch, logits, payloads, precision=precision))
     return pd.concat(rows, ignore_index=True)
 
 
-def _sent(batch: Batch, predictions: list[int], payloads: Sequence[bytes], **columns: Any) -> pd.DataFrame:
+def _sent(
+    merged: MergedClassifier, batch: Batch, logits: Tensor, payloads: Sequence[bytes], **columns: Any
+) -> pd.DataFrame:
     """One row per image: what its payload was taken for, and how long it is."""
-    lengths = [len(payload) for payload in payloads]
-    rows = {"id": batch.ids, "label": batch.labels, "prediction": predictions, "payload_bytes": lengths}
-    return pd.DataFrame({**rows, **columns})
+    lengths = torch.tensor([len(payload) for payload in payloads])
+    nothing = lengths.new_zeros(len(lengths), 1)
+    made = kind_of(merged)(batch.ids, batch.labels, logits.cpu(), nothing, nothing[:, 0], lengths, batch.masks)
+    return made.frame().drop(columns=["tokens", "macs"]).assign(**columns)
 
 
 def class_token_bytes(model: nn.Module) -> int:

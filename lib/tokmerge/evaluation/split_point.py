@@ -13,7 +13,8 @@ from tokmerge import wire
 from tokmerge.data.image_sets import Batch
 from tokmerge.merging.calibration import observe
 from tokmerge.merging.matching import Policy
-from tokmerge.models.vit import patch
+from tokmerge.merging.packed import Layout
+from tokmerge.models.patching import patch
 
 
 def measure_splits(
@@ -44,9 +45,14 @@ def measure_splits(
     frames = []
     for split, sent in enumerate(sizes):
         merged, edge = patch(model, policy, split_layer=split), cost.embed + blocks[:, :split].sum(1)
-        payload = wire.payload_bytes(
-            tokens[:, split], merged.embed_dim, precision, sent if merged.server_needs_sizes else None
-        )
+        source = None
+        if merged.sends_source and policy is not None:
+            # How long a map is depends on whether some patches have no token, and on nothing else in it.
+            image = Layout(tokens[:, split]).image
+            whole = torch.zeros(len(tokens)).index_add(0, image, sent.float()) == tokens[:, 0]
+            source = torch.where(whole, 0, -1)[:, None].expand(-1, int(tokens[0, 0]))
+        sizes_sent = sent if merged.server_needs_sizes else None
+        payload = wire.payload_bytes(tokens[:, split], merged.embed_dim, precision, sizes_sent, source=source)
         columns = {"tokens": tokens[:, split], "edge_macs": edge, "server_macs": total - edge, "payload_bytes": payload}
         frames.append(pd.DataFrame({"id": ids, "split_layer": split, **columns}))
     return pd.concat(frames, ignore_index=True)

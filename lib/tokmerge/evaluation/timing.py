@@ -25,11 +25,11 @@ from tokmerge.data import image_sets
 from tokmerge.data.image_sets import Batch
 from tokmerge.data.registry import load_images
 from tokmerge.evaluation.calibrate import calibrate
-from tokmerge.evaluation.dense import dense_limit, dense_tome
+from tokmerge.evaluation.dense_batches import dense_limit, dense_tome
 from tokmerge.io import paths, store
 from tokmerge.merging import policies
 from tokmerge.merging.matching import Policy
-from tokmerge.models import vit, zoo
+from tokmerge.models import patching, zoo
 
 R = 13  # tokens merged at every block, ToMe's own choice for small models
 SHARES = (0.1, 0.3, 0.5)  # share of each layer's set A that merges on the benchmark's images
@@ -112,10 +112,10 @@ def compare_speed(
     inputs = [batch.images.to(device) for batch in batches]
     count = sum(len(images) for images in inputs)
     with torch.inference_mode():
-        models = {"unpatched": model} | {name: vit.patch(model, policy) for name, policy in variants.items()}
+        models = {"unpatched": model} | {name: patching.patch(model, policy) for name, policy in variants.items()}
         functions = {name: partial(_run_all, one, inputs) for name, one in models.items()}
         seconds = alternate(functions, rounds)
-        counted = models | {"unpatched": vit.patch(model, None)}
+        counted = models | {"unpatched": patching.patch(model, None)}
         macs = {name: sum(one(images)[1].macs.sum().item() for images in inputs) for name, one in counted.items()}
         peaks = [peak_bytes(function) / 1e6 for function in functions.values()]
     table = pd.DataFrame({
@@ -140,10 +140,11 @@ def compare_engine(model: Any, images: Tensor, r: int, rounds: int) -> dict[str,
 
     Returns:
         Medians over the rounds of ratios of times: over_limit, over plain blocks at the same counts; over_tome, over
-        dense ToMe with the same r (`tokmerge.evaluation.dense`); off_overhead, merging off over the model as it is.
+        dense ToMe with the same r (`tokmerge.evaluation.dense_batches`); off_overhead, merging off over the model as
+        it is.
     """
     with torch.inference_mode():
-        merged, off = vit.patch(model, policies.TopR(r)), vit.patch(model, None)
+        merged, off = patching.patch(model, policies.TopR(r)), patching.patch(model, None)
         counts = merged(images)[1].tokens[0].tolist()
         functions: dict[str, Callable[[Tensor], Any]] = {"ours": merged, "off": off, "plain": model}
         functions |= {"limit": dense_limit(model, counts), "tome": dense_tome(model, r)}

@@ -54,7 +54,7 @@ class QuestionObjective:
         """Means over the questions and their standard errors (``<name>_sem``).
 
         Returns:
-            accuracy; top1_drop, what it lost against the unmerged model; kl, the divergence KL(unmerged || merged) of
+            accuracy; score_drop, what it lost against the unmerged model; kl, the divergence KL(unmerged || merged) of
             the first answer token, and its root; macs_ratio, tokens_ratio and bytes_ratio, merged / unmerged;
             n_questions.
         """
@@ -119,7 +119,7 @@ def compare_answers(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.Data
     (table, log_q), (base, log_p) = merged, unmerged
     columns = {
         "accuracy": table.accuracy,
-        "top1_drop": base.accuracy - table.accuracy,
+        "score_drop": base.accuracy - table.accuracy,
         "kl": pd.Series((log_p.exp() * (log_p - log_q)).sum(1).numpy()),
         "macs_ratio": table.macs / base.macs,
         "tokens_ratio": table.tokens / base.tokens,

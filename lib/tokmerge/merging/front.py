@@ -15,8 +15,8 @@ from tokmerge.io import store
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.notation import policy_from_json, policy_to_json
 
-FRONT_VERSION = 4
-MEASURED = ("top1", "macs_ratio", "bytes_ratio")
+FRONT_VERSION = 5
+MEASURED = ("score", "macs_ratio", "bytes_ratio")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Point:
     """One operating point, measured on the front's data."""
 
     policy: Policy  #: what merges
-    top1: float  #: accuracy, in [0, 1]
+    score: float  #: accuracy, or what else its answers are scored by, in [0, 1]
     macs_ratio: float  #: multiply-accumulates, merged / unmerged
     bytes_ratio: float  #: payload bytes, merged / unmerged
 
@@ -35,19 +35,19 @@ class Front:
 
     model: str  #: name of the model the policies were found for
     dataset: str  #: data they were measured on, split included
-    unmerged_top1: float  #: the model's accuracy on that data without merging
+    unmerged_score: float  #: the model's accuracy on that data without merging
     points: tuple[Point, ...]  #: the operating points
     weights: str | None = None  #: `tokmerge.models.merged.digest_weights` of the model; None if it is not known
 
     def within(self, max_drop: float) -> tuple[Point, ...]:
-        """The points that lose no more top-1 than that against the unmerged model.
+        """The points that lose no more of it than that against the unmerged model.
 
         >>> from tokmerge.merging.policies import TopR
         >>> Front("vit", "toy", 0.9, (Point(TopR(1), 0.895, 0.5, 0.2), Point(TopR(2), 0.7, 0.2, 0.1))).within(0.005)
-        (Point(policy=TopR(r=1, feature='keys', size_aware=False), top1=0.895, macs_ratio=0.5, bytes_ratio=0.2),)
+        (Point(policy=TopR(r=1, feature='keys', size_aware=False), score=0.895, macs_ratio=0.5, bytes_ratio=0.2),)
         """
         # Slack for rounding: 0.9 - 0.895 is a hair above 0.005 in binary.
-        return tuple(point for point in self.points if self.unmerged_top1 - point.top1 <= max_drop + 1e-9)
+        return tuple(point for point in self.points if self.unmerged_score - point.score <= max_drop + 1e-9)
 
     def pick(
         self, max_drop: float | None = None, max_macs: float | None = None, max_bytes: float | None = None
@@ -57,7 +57,7 @@ class Front:
         With ``max_drop`` the best is the one with fewest MACs, without it the most accurate one.
 
         Args:
-            max_drop: largest allowed loss of accuracy against the unmerged model (0.005: half a point).
+            max_drop: largest allowed loss of score against the unmerged model (0.005: half a point).
             max_macs: largest allowed MACs ratio, merged / unmerged.
             max_bytes: largest allowed bytes ratio, merged / unmerged.
 
@@ -71,7 +71,7 @@ class Front:
             and (max_bytes is None or point.bytes_ratio <= max_bytes)
         ]
         if not fitting:
-            least_drop = self.unmerged_top1 - max(point.top1 for point in self.points)
+            least_drop = self.unmerged_score - max(point.score for point in self.points)
             raise ValueError(
                 f"no point of the front ({self.model} on {self.dataset}) has max_drop={max_drop}, "
                 f"max_macs={max_macs}, max_bytes={max_bytes} together; taken one by one it reaches a drop of "
@@ -79,16 +79,16 @@ class Front:
                 f"bytes {min(point.bytes_ratio for point in self.points):.3f}"
             )
         if max_drop is None:
-            return min(fitting, key=lambda point: (-point.top1, point.macs_ratio, point.bytes_ratio)).policy
-        return min(fitting, key=lambda point: (point.macs_ratio, point.bytes_ratio, -point.top1)).policy
+            return min(fitting, key=lambda point: (-point.score, point.macs_ratio, point.bytes_ratio)).policy
+        return min(fitting, key=lambda point: (point.macs_ratio, point.bytes_ratio, -point.score)).policy
 
 
 def build_front(
-    rows: Iterable[Mapping[str, Any]], model: str, dataset: str, unmerged_top1: float, weights: str | None = None
+    rows: Iterable[Mapping[str, Any]], model: str, dataset: str, unmerged_score: float, weights: str | None = None
 ) -> Front:
-    """A front from rows with a policy, top1, macs_ratio and bytes_ratio; what else they hold is left out."""
+    """A front from rows with a policy, score, macs_ratio and bytes_ratio; what else they hold is left out."""
     points = [Point(row["policy"], **{name: float(row[name]) for name in MEASURED}) for row in rows]
-    return Front(model, dataset, float(unmerged_top1), tuple(points), weights)
+    return Front(model, dataset, float(unmerged_score), tuple(points), weights)
 
 
 def save_front(front: Front, path: str | Path) -> None:
@@ -146,4 +146,4 @@ def load_front(path: str | Path, weights: str | None = None) -> Front:
     found = content.get("weights")
     if weights is not None and found not in (None, weights):
         raise ValueError(f"{path}: found for {content['model']} with weights {found}, this model's are {weights}")
-    return Front(content["model"], content["dataset"], number(content, "unmerged_top1"), tuple(points), found)
+    return Front(content["model"], content["dataset"], number(content, "unmerged_score"), tuple(points), found)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from PIL import Image
 
 from tokmerge.plots.style import AXIS_LABELS, COLORS
 
@@ -38,30 +39,46 @@ def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
 
 
 def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
-    """Top-1 with its 95 % interval against a ratio, a line per method; one row is of method "unmerged".
+    """The score with its 95 % interval against a ratio, a line per method; one row is of method "unmerged".
 
-    Columns method, top1, top1_low, top1_high and the ratio, ``column``.
+    Columns method, score, score_low, score_high and the ratio, ``column``.
     """
     labels = {"threshold": "one threshold (per image)", "fixed r": "fixed r (ToMe)"}
     for method, part in sweep[sweep.method != "unmerged"].groupby("method", sort=False):
-        error = 100 * np.array([part.top1 - part.top1_low, part.top1_high - part.top1])
+        error = 100 * np.array([part.score - part.score_low, part.score_high - part.score])
         ax.errorbar(
-            part[column], 100 * part.top1, error, fmt="o-", ms=4, lw=1.3, elinewidth=0.7, capsize=2,
+            part[column], 100 * part.score, error, fmt="o-", ms=4, lw=1.3, elinewidth=0.7, capsize=2,
             color=COLORS[str(method)], label=labels[str(method)],
         )  # fmt: skip
-    top1 = sweep[sweep.method == "unmerged"].top1.item()
-    ax.axhline(100 * top1, color=COLORS["unmerged"], lw=0.9, ls="--", label="unmerged")
+    score = sweep[sweep.method == "unmerged"].score.item()
+    ax.axhline(100 * score, color=COLORS["unmerged"], lw=0.9, ls="--", label="unmerged")
     ax.set(xlabel=AXIS_LABELS[column], xlim=(0, 1.02))
 
 
-def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame) -> None:
-    """What images cost, on three axes: how it spreads, how it follows the model's doubt, where predictions change.
+def draw_answer(
+    ax: Axes, image: Image.Image, logits: np.ndarray, truth: str, classes: Sequence[str], mask: np.ndarray | None = None
+) -> None:
+    """An image and what a model made of it: logits of classes, or (H, W) of a map whose outline lies on the mask's."""
+    ax.imshow(image, cmap="gray" if image.mode == "L" else None)
+    ax.axis("off")
+    if logits.ndim == 1:
+        ax.set_title(f"{classes[int(logits.argmax())]}?\n({truth})", fontsize=7)
+        return
+    ax.set_title(truth, fontsize=7)
+    for inside, color in ((mask, COLORS["threshold"]), (logits > 0, COLORS["fixed r"])):
+        if inside is not None and 0 < np.mean(inside) < 1:
+            size = (0, image.width, image.height, 0)
+            ax.contour(inside, levels=[0.5], colors=[color], linewidths=1, extent=size, origin="upper")
 
-    Each table has a row per image, in the same order: columns macs and prediction, of ``unmerged`` also confidence.
+
+def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame) -> None:
+    """What images cost, on three axes: how it spreads, how it follows the model's doubt, what it loses.
+
+    Each table has a row per image, in the same order: columns macs and score, of ``unmerged`` also confidence.
     """
     tenth = 1 + pd.qcut(unmerged.confidence.rank(method="first"), min(10, len(unmerged)), labels=False)
     for label, frame, color in (("adaptive", mine, "threshold"), ("fixed", fixed, "fixed r")):
-        ratio, changed = frame.macs / unmerged.macs, 100 * (frame.prediction != unmerged.prediction)
+        ratio, lost = frame.macs / unmerged.macs, 100 * (unmerged.score - frame.score)
         look: dict[str, Any] = {"color": COLORS[color], "label": label}
         if label == "adaptive":
             axes[0].hist(ratio, bins=40, **look)
@@ -71,10 +88,10 @@ def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFram
         low, high = (groups.quantile(share) for share in (0.1, 0.9))
         axes[1].fill_between(low.index, low, high, color=COLORS[color], alpha=0.2, lw=0)
         axes[1].plot(groups.mean(), "o-", ms=3.5, **look)
-        axes[2].plot(changed.groupby(tenth).mean(), "o-", ms=3.5, **look)
+        axes[2].plot(lost.groupby(tenth).mean(), "o-", ms=3.5, **look)
     axes[0].set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="images")
     axes[1].set(xlabel="tenths of images, by unmerged confidence", ylabel=AXIS_LABELS["macs_ratio"])
-    axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="predictions changed (%)")
+    axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="score lost (points)")
     axes[2].legend()
 
 
@@ -82,7 +99,7 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) 
     """What every split sends, beside what else could be sent; and what it costs device and server.
 
     Splits: columns method ("unmerged" or "ours"), precision, split_layer, edge_macs, server_macs, payload_bytes. Sent:
-    columns sent ("jpeg", "webp", ...), payload_bytes, top1_drop.
+    columns sent ("jpeg", "webp", ...), payload_bytes, score_drop.
     """
     colors = {"ours": COLORS["threshold"], "unmerged": COLORS["unmerged"]}
     styles = {"float16": "-", "int8": "--", "int4": ":"}
@@ -90,9 +107,9 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) 
         look: dict[str, Any] = {"color": colors[str(method)], "label": f"{method}, {precision}"}
         axes[0].semilogy(part.split_layer, part.payload_bytes, styles[str(precision)], **look)
     for ending, color in (("jpeg", COLORS["fixed r"]), ("webp", COLORS["accent"])):
-        fine = sent[(sent.sent == ending) & (sent.top1_drop <= 0.005)]
+        fine = sent[(sent.sent == ending) & (sent.score_drop <= 0.005)]
         if len(fine):
-            look = {"color": color, "label": f"{ending}, top-1 within 0.5 points"}
+            look = {"color": color, "label": f"{ending}, within 0.5 points"}
             axes[0].axhline(fine.payload_bytes.min(), lw=1, ls="-.", **look)
     axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
     axes[0].legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
@@ -109,7 +126,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
 
     Args:
         axes: one for each cost.
-        chosen: rows of `tokmerge.evaluation.selection.summarise` with columns top1_drop and drop_ci95.
+        chosen: rows of `tokmerge.evaluation.selection.summarise` with columns score_drop and drop_ci95.
         groups: methods by the name of their group.
     """
     looks = dict(zip(groups, ((COLORS["threshold"], "o"), (COLORS["fixed r"], "s"), ("0.45", "^")), strict=False))
@@ -120,7 +137,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
             color, marker = looks[group]
             ax.plot([row.low, row.high], [place, place], color=color, lw=2.5, alpha=0.35, solid_capstyle="butt")
             ax.plot(row.value, place, marker, color=color, ms=6, label=group)
-            loss = "not within" if row.value == 1 else f"{100 * row.top1_drop:.1f} ± {100 * row.drop_ci95:.1f}"
+            loss = "not within" if row.value == 1 else f"{100 * row.score_drop:.1f} ± {100 * row.drop_ci95:.1f}"
             ax.annotate(loss, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         ax.set(yticks=range(len(ranked)), xlabel=AXIS_LABELS[str(cost)])
         ax.set_yticklabels(ranked.method, fontsize=8)

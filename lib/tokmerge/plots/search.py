@@ -69,14 +69,14 @@ def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
 def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float) -> None:
     """What a search is worth on images it did not see: MACs of each method's choice, and what it loses there.
 
-    Columns method, seed, cost, rule, value, top1_drop: by the rule "chosen" a point is chosen on those images, by
+    Columns method, seed, cost, rule, value, score_drop: by the rule "chosen" a point is chosen on those images, by
     "promised" on the search's own, so as to lose at most ``max_drop``. The median over the seeds and the range.
     """
     rows = choices[choices.cost == "macs_ratio"]
     order = rows[rows.rule == "chosen"].groupby("method").value.median().sort_values().index
     looks = {"chosen": ("chosen on select images", COLORS["search"], "o"),
              "promised": ("chosen on search images alone", COLORS["fixed r"], "s")}  # fmt: skip
-    for ax, column, scale in zip(axes, ("value", "top1_drop"), (1, 100), strict=True):
+    for ax, column, scale in zip(axes, ("value", "score_drop"), (1, 100), strict=True):
         for shift, (rule, (label, color, marker)) in zip((-0.15, 0.15), looks.items(), strict=True):
             over = rows[rows.rule == rule].groupby("method")[column].agg(["median", "min", "max"]).loc[order] * scale
             places = np.arange(len(order)) + shift

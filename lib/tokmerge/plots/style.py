@@ -34,7 +34,7 @@ AXIS_LABELS = {
     "kl": "KL(unmerged || merged)",
     "root_kl": "root of KL(unmerged || merged)",
     "loss_rise": "rise of the log-loss",
-    "top1_drop": "drop of top-1",
+    "score_drop": "drop of top-1",
     "macs_ratio": "MACs, merged / unmerged",
     "tokens_ratio": "tokens left, merged / unmerged",
     "bytes_ratio": "payload bytes, merged / unmerged",
