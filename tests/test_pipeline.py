@@ -11,7 +11,7 @@ import yaml
 from imports import LIB, MODULES, ROOT, closure, code_cells, imported, imports, parameter_cell, place
 from tokmerge import preflight
 
-PROFILES = ("smoke", "embedded", "paper")
+PROFILES = ("smoke", "embedded", "paper", "photos")
 STAGES = {
     f"{name}@{profile}": (profile, stage)
     for profile in PROFILES
@@ -58,20 +58,24 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
     assert preflight.outputs(stage) == [params["out_dir"]]
     read = {value for key, value in params.items() if key.endswith("_dir") and key not in ("out_dir", "work_dir")}
     read |= {params["claims_file"]} if "claims_file" in params else set()
+    read.discard(None)
     values = [one for value in params.values() for one in (value if isinstance(value, list) else [value])]
     if "fashion-vit" in values:
         read.add("lib/tokmerge/assets/train_vit")
     if {"easy-vqa-llava", "scenes-llava"} & {one for one in values if isinstance(one, str)}:
         read.add("lib/tokmerge/assets/train_llava")
     tables = {dep for dep in stage["deps"][2:] if not dep.startswith("lib/tokmerge/") or "/assets/" in dep}
-    # The paper's models come from the hub; a stage names the shipped ones for all profiles.
-    spare = {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"} if profile == "paper" else set()
+    # Other models come from the hub or from PyPI; a stage names the shipped ones for all profiles.
+    spare = {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"} if profile in ("paper", "photos") else set()
+    if stage["cmd"].endswith("90_figures"):
+        spare |= {"params/photos/35_images_study.yaml", "params/photos/40_images.yaml"}
     assert read <= tables <= read | spare
 
 
 def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
     names = {profile: list(preflight.stages(ROOT, profile)) for profile in PROFILES}
     assert names["embedded"] == [*TRAINING, *names["paper"]]
+    assert names["photos"] == ["inputs", "merging", "search", "images_study", "images"]
     hours = {*TRAINING, *STUDIES}
     assert names["smoke"] == [f"{name}_chained" if name in hours else name for name in names["embedded"]]
     for name, (_, stage) in STAGES.items():

@@ -3,13 +3,14 @@
 params/claims.yaml cuts every claim into conditions on figures/numbers.json. A condition is met only if all of the
 number's interval is on the right side of its limit; a limit that is a number itself counts with its worst end. A claim
 is *held* if all its conditions are met, held *in part* if some are, *not held* if none is, and *untestable* if a number
-is missing.
+is missing. The keys of the studies' numbers are made here, too.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pandas as pd
 import yaml
 
 from tokmerge.io import paths
@@ -122,3 +123,53 @@ def verdicts(claims: Sequence[Claim], numbers: Mapping[str, Any]) -> dict[str, A
         if judged.estimate is not None:
             found |= dict(zip((f"{key}.value", f"{key}.low", f"{key}.high"), judged.estimate, strict=True))
     return found
+
+
+def slug(name: str) -> str:
+    """A data set's or a method's name as part of a key.
+
+    >>> slug("ToMe, size-aware+")
+    'tome_size_aware_plus'
+    """
+    return name.lower().replace("-", "_").replace(", ", "_").replace(" ", "_").replace("+", "_plus")
+
+
+def ablated(table: pd.DataFrame) -> pd.DataFrame:
+    """An ablation's points as rows of a study: one threshold, the model taught with merged tokens."""
+    values = [row[row["cost"]] for row in table.to_dict("records")]
+    return table.assign(method="one threshold, taught", value=values, low=values, high=values)
+
+
+def chosen_numbers(prefix: str, study: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Of every method of a study the points of fewest MACs and bytes, with their range over seeds and what they lose.
+
+    Args:
+        prefix: of the keys.
+        study: rows of one data set, as `tokmerge.evaluation.selection.summarise` gives them, with losses on *test*.
+        groups: methods by the name of a group, whose best is named: ``<prefix>.best_<group>.<cost>``.
+    """
+    numbers: dict[str, Any] = {}
+    for row in study.to_dict("records"):
+        method, cost = f"{prefix}.{slug(row['method'])}", row["cost"].removesuffix("_ratio")
+        key, drop = f"{method}.{cost}", f"{method}.bytes" if cost == "bytes" else method
+        numbers |= {key: row["value"], f"{key}.low": row["low"], f"{key}.high": row["high"]}
+        numbers |= {f"{drop}.drop": row["score_drop"], f"{drop}.drop_ci95": row["drop_ci95"]}
+        if cost == "bytes":
+            numbers[f"{key}.macs"] = row["macs_ratio"]
+    for group, cost in [(group, cost) for group in groups for cost in ("macs", "bytes")]:
+        own = study[study.method.isin(groups[group]) & (study.cost == f"{cost}_ratio")]
+        best = own.loc[own.value.idxmin()]
+        for end, name in (("", "value"), (".low", "low"), (".high", "high"), (".method", "method")):
+            numbers[f"{prefix}.best_{group}.{cost}{end}"] = best[name]
+    return numbers
+
+
+def adaptivity_numbers(prefix: str, gains: pd.DataFrame, method: str, which: str = "") -> dict[str, float]:
+    """What adaptivity buys at a method's point of fewest MACs, in points; ``which`` is part of the keys."""
+    numbers: dict[str, float] = {}
+    for against, name in (("same counts", f"adaptivity{which}"), ("window pooling", f"adaptivity{which}_pooling")):
+        found = gains[(gains.method == method) & (gains.against == against)].sort_values("cost", ascending=False)
+        if len(found):
+            numbers[f"{prefix}.{name}.drop_pp"] = 100 * found.gain.iloc[0]
+            numbers[f"{prefix}.{name}.drop_pp.ci95"] = 100 * found.gain_ci95.iloc[0]
+    return numbers

@@ -69,8 +69,9 @@ def stages(root: Path, profile: str) -> dict[str, dict[str, Any]]:
         ValueError: there is no such profile; the message lists those there are.
     """
     tables = yaml.safe_load((root / "params" / "profiles.yaml").read_text())
-    if profile not in tables["profiles"]:
-        raise ValueError(f"no profile {profile!r} in params/profiles.yaml: use {', '.join(tables['profiles'])}")
+    known = list(dict.fromkeys(name for items in tables.values() for name in items))
+    if profile not in known:
+        raise ValueError(f"no profile {profile!r} in params/profiles.yaml: use {', '.join(known)}")
     found = {}
     for name, group in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
         items = tables[group["foreach"].strip("${}")]
