@@ -1,5 +1,6 @@
 import json
 
+import pandas as pd
 import pytest
 import yaml
 from tokmerge import claims
@@ -58,3 +59,37 @@ def test_the_committed_verdicts_follow_from_the_committed_numbers():
     expected = claims.verdicts(found, numbers)
     assert {key: value for key, value in numbers.items() if key.startswith("claims.")} == pytest.approx(expected)
     assert set(claims.VERDICTS) >= {value for key, value in expected.items() if key.endswith(".verdict")}
+
+
+def test_the_numbers_of_a_study_by_hand():
+    study = pd.DataFrame({
+        "method": ["threshold", "threshold", "ToMe", "ToMe"], "cost": ["macs_ratio", "bytes_ratio"] * 2,
+        "value": [0.4, 0.2, 0.5, 0.1], "low": [0.3, 0.1, 0.5, 0.1], "high": [0.5, 0.3, 0.6, 0.2],
+        "score_drop": [0.01, 0.02, 0.03, 0.04], "drop_ci95": 0.001, "macs_ratio": [0.4, 0.8, 0.5, 0.9],
+    })  # fmt: skip
+    found = claims.chosen_numbers("x.select", study, {"ours": ["threshold"], "all": ["threshold", "ToMe"]})
+    assert found["x.select.threshold.macs"] == 0.4
+    assert found["x.select.threshold.macs.low"] == 0.3
+    assert found["x.select.threshold.drop"] == 0.01
+    assert found["x.select.threshold.bytes.drop"] == 0.02
+    assert found["x.select.tome.bytes.macs"] == 0.9
+    assert (found["x.select.best_all.macs"], found["x.select.best_all.macs.method"]) == (0.4, "threshold")
+    assert (found["x.select.best_all.bytes"], found["x.select.best_all.bytes.high"]) == (0.1, 0.2)
+    assert found["x.select.best_ours.bytes.method"] == "threshold"
+    taught = pd.DataFrame({"cost": ["macs_ratio", "bytes_ratio"], "macs_ratio": [0.5, 0.6], "bytes_ratio": [0.3, 0.2],
+                           "score_drop": 0.0, "drop_ci95": 0.0})  # fmt: skip
+    found = claims.chosen_numbers("x", claims.ablated(taught), {})
+    assert (found["x.one_threshold_taught.macs"], found["x.one_threshold_taught.bytes.high"]) == (0.5, 0.2)
+    assert claims.chosen_numbers("x", claims.ablated(pd.DataFrame()), {}) == {}
+
+
+def test_what_adaptivity_buys_is_read_at_the_fewest_macs():
+    gains = pd.DataFrame({
+        "method": "threshold", "cost": ["bytes_ratio", "macs_ratio", "macs_ratio"],
+        "against": ["same counts", "same counts", "window pooling"], "gain": [0.5, 0.01, 0.02], "gain_ci95": 0.005,
+    })  # fmt: skip
+    assert claims.adaptivity_numbers("x", gains, "threshold", "_b") == pytest.approx({
+        "x.adaptivity_b.drop_pp": 1, "x.adaptivity_b.drop_pp.ci95": 0.5, "x.adaptivity_b_pooling.drop_pp": 2,
+        "x.adaptivity_b_pooling.drop_pp.ci95": 0.5,
+    })  # fmt: skip
+    assert claims.adaptivity_numbers("x", gains, "ToMe") == {}

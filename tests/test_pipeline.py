@@ -66,7 +66,11 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
         read.add("lib/tokmerge/assets/train_llava")
     tables = {dep for dep in stage["deps"][2:] if not dep.startswith("lib/tokmerge/") or "/assets/" in dep}
     # Other models come from the hub or from PyPI; a stage names the shipped ones for all profiles.
-    spare = {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"} if profile in ("paper", "photos") else set()
+    spare = (
+        {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"}
+        if profile in ("paper", "photos")
+        else set()
+    )
     if stage["cmd"].endswith("90_figures"):
         spare |= {"params/photos/35_images_study.yaml", "params/photos/40_images.yaml"}
     assert read <= tables <= read | spare

@@ -95,13 +95,16 @@ def on_select(
     return pd.concat(found, ignore_index=True)
 
 
-def choose(points: pd.DataFrame, max_drop: float, drop: str = "score_drop") -> pd.DataFrame:
+def choose(
+    points: pd.DataFrame, max_drop: float, drop: str = "score_drop", by: Sequence[str] = RUN
+) -> pd.DataFrame:  # fmt: skip
     """For every run and cost the cheapest point that loses no more than ``max_drop`` on *select*.
 
     Args:
-        points: rows with method, seed, `COSTS` and ``drop``, measured on *select*.
+        points: rows with the columns ``by``, `COSTS` and ``drop``, measured on *select*.
         max_drop: in the units of ``drop``.
         drop: the column of the loss.
+        by: the columns that runs differ in.
 
     Returns:
         One row per run and cost (column ``cost``): the point's; where none stays within, a row with ``merged`` False,
@@ -113,13 +116,13 @@ def choose(points: pd.DataFrame, max_drop: float, drop: str = "score_drop") -> p
     [['macs_ratio', 0.5, True], ['bytes_ratio', 0.5, True]]
     """
     rows = []
-    for run, part in points.groupby(RUN, sort=False):
+    for run, part in points.groupby(list(by), sort=False):
         within = part[part[drop] <= max_drop + SLACK]
         for cost in COSTS:
             if len(within):
                 rows.append({**within.loc[within[cost].idxmin()], "cost": cost, "merged": True})
             else:
-                nothing = dict(zip(RUN, run, strict=True)) | {drop: 0.0, **dict.fromkeys(COSTS, 1.0)}
+                nothing = dict(zip(by, run, strict=True)) | {drop: 0.0, **dict.fromkeys(COSTS, 1.0)}
                 rows.append({**nothing, "cost": cost, "merged": False})
     return pd.DataFrame(rows)
 
@@ -172,22 +175,24 @@ def paired(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.nda
     return interval(np.asarray(first, float) - np.asarray(second, float))
 
 
-def summarise(chosen: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+def summarise(chosen: pd.DataFrame, columns: Sequence[str], by: Sequence[str] = ("method",)) -> pd.DataFrame:
     """Over the runs of every method, per cost: the run at the median of that cost, and the lowest and highest value.
 
     Args:
         chosen: `choose`'s rows.
         columns: of the median run to report beside the cost; of an even number of runs the dearer of the middle two.
+        by: the columns that methods differ in.
 
     >>> rows = pd.DataFrame({"method": "m", "seed": [0, 1, 2], "cost": "macs_ratio", "macs_ratio": [0.2, 0.9, 0.4]})
     >>> summarise(rows, ["seed"])[["value", "low", "high", "seed"]].round(3).values.tolist()
     [[0.4, 0.2, 0.9, 2.0]]
     """
     rows = []
-    for (method, cost), part in chosen.groupby(["method", "cost"], sort=False):
+    for key, part in chosen.groupby([*by, "cost"], sort=False):
+        cost = key[-1]
         ordered = part.sort_values(cost, kind="stable")
         middle = ordered.iloc[len(ordered) // 2]
         low, high = ordered[cost].iloc[[0, -1]]
         values = {"value": middle[cost], "low": low, "high": high, "n_runs": len(part)}
-        rows.append({"method": method, "cost": cost, **values, **middle[list(columns)]})
+        rows.append({**dict(zip([*by, "cost"], key, strict=True)), **values, **middle[list(columns)]})
     return pd.DataFrame(rows)
