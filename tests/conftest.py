@@ -12,6 +12,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from tokmerge.data.image_sets import Batch, split_batch
 from tokmerge.io import store
+from tokmerge.models.dense import DenseViT
+from torch import nn
 
 torch.set_num_threads(1)
 
@@ -37,6 +39,19 @@ def build(variant="cls", **overrides):
     kind, arguments = VARIANTS[variant]
     torch.manual_seed(7)
     model = kind(**{**GEOMETRY, **arguments, **overrides}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3 if name == "pos_embed" else 1.5 * parameter.shape[-1] ** -0.5)
+    return model.requires_grad_(False)
+
+
+def build_dense():
+    """A small random dense model: every patch of the 8 x 8 grid becomes 4 x 4 pixels of a map."""
+    torch.manual_seed(7)
+    decoder = nn.Sequential(nn.ConvTranspose2d(48, 1, 4, 4), nn.Flatten(1, 2))
+    arguments = {name: value for name, value in GEOMETRY.items() if name not in ("num_classes", "global_pool")}
+    model = DenseViT(decoder, **arguments).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

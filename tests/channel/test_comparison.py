@@ -32,7 +32,7 @@ def test_every_family_shows_its_best_and_choices_are_made_on_select_images():
     table = contest([fooled, honest, *others], LINK, [0.0, 20.0], Slot(4000), LABELS, LABELS, draws=2, base="b")
     assert table[["snr_db", "family"]].values.tolist() == [[0, "a"], [0, "b"], [20, "a"], [20, "b"]]
     assert table.member.tolist() == ["good on select", "short", "good on select", "long"]
-    assert table.top1.tolist() == pytest.approx([0.25, 0.5, 0.25, 1.0])
+    assert table.score.tolist() == pytest.approx([0.25, 0.5, 0.25, 1.0])
     assert table.gain.tolist() == pytest.approx([-0.25, 0, -0.75, 0])
     assert table.gain_half[1] == 0
     assert table.gain_half[0] > 0

@@ -1,27 +1,14 @@
+from dataclasses import replace
+
 import checks
 import pytest
 import reference
 import tokmerge
 import torch
-from conftest import GEOMETRY
+from conftest import GEOMETRY, build_dense
 from tokmerge import wire
 from tokmerge.channel.segmentation import encode_payloads
 from tokmerge.models.cost import module_macs
-from tokmerge.models.dense import DenseViT
-from torch import nn
-
-
-def build():
-    """A small random dense model: every patch of the 8 x 8 grid becomes 4 x 4 pixels of a map."""
-    torch.manual_seed(7)
-    decoder = nn.Sequential(nn.ConvTranspose2d(48, 1, 4, 4), nn.Flatten(1, 2))
-    arguments = {name: value for name, value in GEOMETRY.items() if name not in ("num_classes", "global_pool")}
-    model = DenseViT(decoder, **arguments).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3 if name == "pos_embed" else 1.5 * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(False)
 
 
 def plain(model, decide, feature="tokens"):
@@ -49,14 +36,14 @@ POLICIES = {
 
 @pytest.mark.parametrize(("policy", "decide"), POLICIES.values(), ids=POLICIES)
 def test_maps_are_those_of_the_unmerged_grid(policy, decide, images):
-    model = build()
+    model = build_dense()
     merged = tokmerge.patch(model, policy)
     checks.equals_alone(merged, images)
     checks.equals_plain(merged, images, plain(model.double(), decide))
 
 
 def test_without_merging_it_is_the_model_itself(images):
-    model = build()
+    model = build_dense()
     found, record = tokmerge.patch(model, None)(images)
     assert found.shape == (5, 32, 32)
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=0)
@@ -72,7 +59,7 @@ def test_without_merging_it_is_the_model_itself(images):
 @pytest.mark.parametrize("split", [2, 4])
 @pytest.mark.parametrize("policy", [tokmerge.Threshold(0.5), tokmerge.RandomPruning(7), tokmerge.ToFu(9)])
 def test_a_server_decodes_what_the_payload_says(split, policy, images):
-    merged = tokmerge.patch(build(), policy, split_layer=split, precision="float32")
+    merged = tokmerge.patch(build_dense(), policy, split_layer=split, precision="float32")
     expected, record = merged(images)
     sent = merged.edge(images)
     payloads = encode_payloads(merged, sent, wire.CHUNK_TOKENS)
@@ -88,7 +75,7 @@ def test_a_server_decodes_what_the_payload_says(split, policy, images):
     torch.testing.assert_close(merged.serve(sent), expected)
     if split == 4:
         with pytest.raises(ValueError, match="came without a source map"):
-            merged.serve(sent.keep(torch.ones(len(sent.x), dtype=torch.bool)))
+            merged.serve(replace(sent, source=None))
 
 
 def test_a_head_that_pools_nothing_needs_a_decoder():

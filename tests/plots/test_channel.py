@@ -4,7 +4,7 @@ from tokmerge.plots.channel import draw_link, draw_sweeps, draw_trace
 
 LINK = pd.DataFrame(
     [(snr, family, 0.5, 0.1) for family in ("unmerged", "adaptive") for snr in (5.0, -5.0)],
-    columns=["snr_db", "family", "top1", "top1_half"],
+    columns=["snr_db", "family", "score", "score_half"],
 )
 
 
@@ -23,7 +23,7 @@ def test_sweeps_have_a_panel_each():
 
 
 def test_a_trace_figure_tells_policies_from_fixed_choices():
-    table = pd.DataFrame({"kind": ["policy", "fixed", "fixed"], "choice": ["adaptive", "a", "b"], "top1": 0.9})
+    table = pd.DataFrame({"kind": ["policy", "fixed", "fixed"], "choice": ["adaptive", "a", "b"], "score": 0.9})
     _, ax = plt.subplots()
     draw_trace(ax, table.assign(latency_s=[0.1, 0.2, 0.3]))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["fixed choices", "adaptive"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokmerge.channel.transmission import Decibels, Link, Sent, SentTokens, Uses
+from tokmerge.evaluation.outcomes import decide
 from tokmerge.merging.packed import Layout, Packed
 from tokmerge.models import training
 
@@ -155,11 +156,10 @@ class SentAnalog(Sent):
     def deliver(self, link: Link, snr_db: Decibels, uses: Uses, cap: int, generator: torch.Generator) -> Tensor:
         """As of `Sent`; there is no scheme to cap."""
         tokens, sent = self.receive(link, snr_db, uses, generator)
-        answers = torch.empty(len(tokens.lengths), dtype=torch.int64)
-        for part in torch.arange(len(answers)).split(128):
-            scores = self.sent.server.classify(tokens.images(part), sent[tokens.layout.rows(part)])
-            answers[part] = scores.argmax(1)
-        return answers
+        parts = torch.arange(len(tokens.lengths)).split(128)
+        return torch.cat([
+            decide(self.sent.server.classify(tokens.images(part), sent[tokens.layout.rows(part)])) for part in parts
+        ])  # fmt: skip
 
     @torch.inference_mode()
     def receive(self, link: Link, snr_db: Decibels, uses: Uses, generator: torch.Generator) -> tuple[Packed, Tensor]:

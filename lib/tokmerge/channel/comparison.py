@@ -16,16 +16,17 @@ from tqdm.auto import tqdm
 from tokmerge.channel.schemes import Member, Slot
 from tokmerge.channel.transmission import Link, Sent, Uses
 from tokmerge.evaluation import selection
+from tokmerge.evaluation.outcomes import agreement
 
 
 def hits(
     sent: Sent, goal: Tensor, link: Link, snr_db: float, uses: Uses, cap: int, draws: int, seed: int
 ) -> np.ndarray:
-    """(B,) share of channel draws in which each image is answered as (B,) ``goal`` says."""
-    total = torch.zeros(len(goal))
+    """(B,) agreement of what is answered with ``goal``, a mean over channel draws: of classes, how often it is that."""
+    total = torch.zeros(len(goal), dtype=torch.float64)
     for draw in range(draws):
         generator = torch.Generator().manual_seed(10_000 * seed + draw)
-        total += sent.deliver(link, snr_db, uses, cap, generator) == goal
+        total += agreement(sent.deliver(link, snr_db, uses, cap, generator), goal)
     return (total / draws).numpy()
 
 
@@ -57,8 +58,8 @@ def contest(
         base: family that the others are compared with, image by image.
 
     Returns:
-        One row per SNR and family: its choice (member, precision, cap), select_score, top1 on test images with
-        top1_half, and over ``base`` gain with gain_half; halves of 95 % intervals over images and draws; and right,
+        One row per SNR and family: its choice (member, precision, cap), select_score, score on test images with
+        score_half, and over ``base`` gain with gain_half; halves of 95 % intervals over images and draws; and right,
         per test image the share of draws in which the answer is.
     """
     families = {one.family: [other for other in members if other.family == one.family] for one in members}
@@ -70,11 +71,11 @@ def contest(
             score, index, cap = max(tried, key=lambda option: option[0])
             member, uses = own[index], slot.uses_for(own[index].test)
             right[family] = hits(member.test, test_labels, link, snr_db, uses, cap, draws, seed + 1)
-            top1, half = selection.interval(right[family])
+            score, half = selection.interval(right[family])
             rows.append({
                 "snr_db": float(snr_db), "family": family, "member": member.name, "precision": member.precision,
                 "cap": str(link.rates.schemes[cap]) if member.sending == "cut off" else member.sending,
-                "select_score": score, "top1": top1, "top1_half": half, "right": right[family].tolist(),
+                "select_score": score, "score": score, "score_half": half, "right": right[family].tolist(),
             })  # fmt: skip
         for row in rows[-len(families) :] if base in families else ():
             row["gain"], row["gain_half"] = selection.paired(right[row["family"]], right[base])

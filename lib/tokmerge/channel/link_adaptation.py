@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from tokmerge.channel.comparison import options
 from tokmerge.channel.schemes import Member, Slot
 from tokmerge.channel.transmission import Link, Sent, SentPayloads
+from tokmerge.evaluation.outcomes import agreement
 from tokmerge.io import store
 
 LOOKUP_VERSION = 1
@@ -154,11 +155,11 @@ def follow_trace(
         labels, seed: of the images, and of the draws.
 
     Returns:
-        (B,) bool, which images are answered rightly; (B,) seconds each takes.
+        (B,) how well each image is answered, from 0 to 1; (B,) seconds each takes.
     """
     assert slot.uses is not None
     picks = [table.pick(float(snr), slot.uses, slot.deadline_s) for snr in believed_db]
-    right, seconds = np.zeros(len(picks), dtype=bool), np.zeros(len(picks))
+    right, seconds = np.zeros(len(picks)), np.zeros(len(picks))
     for index, cap in sorted({(one.member, one.cap) for one in picks}):
         rows = np.array([(one.member, one.cap) == (index, cap) for one in picks])
         got, taken = fixed_choice(senders[index], cap, link, snrs_db, slot, labels, seed)
@@ -172,7 +173,7 @@ def fixed_choice(
     """As `follow_trace`, with one choice for all slots."""
     generator = torch.Generator().manual_seed(seed)
     answers = sent.deliver(link, snrs_db[:, None], slot.uses_for(sent), cap, generator)
-    return (answers == labels).numpy(), latency_s(sent, slot, link, cap).numpy()
+    return agreement(answers, labels).numpy(), latency_s(sent, slot, link, cap).numpy()
 
 
 def lookup_to_json(table: Lookup) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tokmerge.channel.segmentation import LINK_CHUNK, Segmentation
 from tokmerge.channel.transmission import Link, Sent, SentPayloads, SentTokens, Uses, send_image_tokens
 from tokmerge.data.image_sets import Batch, ImageSet
 from tokmerge.evaluation import image_codecs
+from tokmerge.evaluation.outcomes import decide
 from tokmerge.merging.calibration import Calibration
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.policies import Threshold
@@ -53,19 +54,21 @@ class SentFiles(SentPayloads):
     """Image files, which are of use only as a whole.
 
     Attributes:
-        file_bytes, answers: (B,) of each file, and the class the server gives for it.
-        blind_answer: the class it gives for a file that does not arrive.
+        file_bytes, answers: (B,) of each file, and (B, ...) what the server answers to it.
+        blind_answer: (...) what it answers to a file that does not arrive.
     """
 
     file_bytes: Tensor
     answers: Tensor
-    blind_answer: int
+    blind_answer: Tensor
 
     def segmentation(self, info_bits: Tensor | int) -> Segmentation:
         return Segmentation.of_files(self.file_bytes, info_bits)
 
     def _answer(self, received: Tensor, how: str) -> Tensor:
-        return torch.where(received, self.answers, self.blind_answer)
+        answers = self.answers.clone()
+        answers[~received] = self.blind_answer
+        return answers
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,9 @@ def send_files(model: Any, images: ImageSet, format: str, quality: int) -> SentF
         n_bytes.append(image_codecs.scan_bytes(payload) if format == "jpeg" else len(payload))
         seen.append(prepare(image_codecs.decompress(payload, example.image.mode)))
     parts = [merged(part) for part in torch.stack(seen).split(64)]
-    answers, macs = map(torch.cat, zip(*((logits.argmax(1), record.macs) for logits, record in parts), strict=True))
-    blank = merged(torch.zeros_like(seen[0])[None])[0].argmax()
-    return SentFiles(torch.zeros_like(macs), macs, torch.tensor(n_bytes), answers, int(blank))
+    answers, macs = map(torch.cat, zip(*((decide(logits), record.macs) for logits, record in parts), strict=True))
+    blank = decide(merged(torch.zeros_like(seen[0])[None])[0])[0]
+    return SentFiles(torch.zeros_like(macs), macs, torch.tensor(n_bytes), answers, blank)
 
 
 def file_members(

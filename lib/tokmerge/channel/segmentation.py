@@ -68,10 +68,10 @@ class Segmentation:
     @classmethod
     def of_tokens(
         cls, layout: Layout, embed_dim: int, precision: str, sizes: Tensor | None, info_bits: Tensor | int,
-        chunk_tokens: int,
+        chunk_tokens: int, source: Tensor | None = None,
     ) -> "Segmentation":  # fmt: skip
         """Tokens in blocks of so many information bits, one number or (B,); sizes, if sent, in the order of travel."""
-        header, image, chunk = wire.part_bytes(layout.lengths, embed_dim, precision, sizes, chunk_tokens)
+        header, image, chunk = wire.part_bytes(layout.lengths, embed_dim, precision, sizes, chunk_tokens, source)
         n_bytes = header.index_add(0, image, chunk)
         bits = torch.as_tensor(info_bits).expand(len(header))
         body = n_bytes - header
@@ -120,7 +120,7 @@ def conceal(tokens: Packed, received: Tensor, prototype: Tensor, patches: int, h
     x[replaced], sizes[replaced] = prototype[tokens.layout.position[replaced]], 1.0
     if how == "zero":
         sizes[~present] = 1.0
-        return replace(tokens, x=x * present[:, None], sizes=sizes, source=None)
+        return replace(tokens, x=x * present[:, None], sizes=sizes)
     # Sizes of one weigh nothing; without them attention is faster.
     unsized = tokens.sizes is None and how == "drop"
     left = replace(tokens, x=x, sizes=None if unsized else sizes).keep(present)
@@ -139,7 +139,11 @@ def _add_means(tokens: Packed, protected: int, patches: int) -> Packed:
     both = join([tokens, Packed(means, Layout(lacking.long()), (patches - weight)[lacking])])
     # Each image's own tokens, then its further one.
     both = both.images(torch.arange(2 * batch).view(2, batch).T.flatten())
-    return replace(both, layout=Layout(tokens.lengths + lacking))
+    source = tokens.source
+    if source is not None:
+        # The further token comes last.
+        source = torch.where((source < 0) & lacking[:, None], tokens.lengths[:, None], source)
+    return replace(both, layout=Layout(tokens.lengths + lacking), source=source)
 
 
 def protected_means(tokens: Packed, protected: int) -> Tensor:

@@ -61,13 +61,25 @@ class Responder:
         (n, dim), protected = got.tokens.shape, len(self.prototype)
         if dim != self.merged.embed_dim or not protected < n <= protected + self.patches:
             raise ValueError(f"a payload of {n} x {dim} values: not of this model")
-        layout = Layout(torch.tensor([n]))
-        back = travel_order(layout, protected).argsort()
+        layout, source, sizes = Layout(torch.tensor([n])), None, got.sizes
+        order = travel_order(layout, protected)
+        back = order.argsort()
         sizes = None if got.sizes is None else got.sizes[back].float().clamp(min=1)
-        return Packed(got.tokens[back], layout, sizes), got.received[back]
+        if self.merged.sends_source:
+            source = got.source
+            if source is None and self.merged.policy is None and n == protected + self.patches:
+                source = back  # each its own
+            if source is None or len(source) != protected + self.patches:
+                raise ValueError("a payload without a source map of this model's patches")
+            # The map names tokens as they travel; it says their sizes as well.
+            source = torch.where(source < 0, -1, order[source.clamp(min=0)])
+            if self.merged.policy is not None:
+                sizes = torch.bincount(source[source >= 0], minlength=n).float().clamp(min=1)
+            source = source[None]
+        return Packed(got.tokens[back], layout, sizes, source), got.received[back]
 
     def classify(self, tokens: Packed, received: Tensor, how: str = "drop") -> Tensor:
-        """(B, classes) scores from those of the tokens that (T,) arrived; ``how`` as of `conceal`."""
+        """(B, classes) scores or (B, H, W) maps of the tokens that (T,) arrived; ``how`` as of `conceal`."""
         return self.merged.serve(conceal(tokens, received, self.prototype, self.patches, how))
 
     @torch.inference_mode()

@@ -14,7 +14,8 @@ from tokmerge.channel.bler import ErrorRates
 from tokmerge.channel.phy import Channel
 from tokmerge.channel.segmentation import LINK_CHUNK, Segmentation, encode_payloads, protected_means, travel_order
 from tokmerge.channel.server import Responder
-from tokmerge.merging.packed import Layout, Packed, join
+from tokmerge.evaluation.outcomes import decide
+from tokmerge.merging.packed import Packed, join
 from tokmerge.models.classifier import MergedClassifier
 from tokmerge.models.patching import patch
 
@@ -77,7 +78,7 @@ class Sent(ABC):
 
     @abstractmethod
     def deliver(self, link: Link, snr_db: Decibels, uses: Uses, cap: int, generator: torch.Generator) -> Tensor:
-        """(B,) answers when each image or question has a slot of the link for itself.
+        """(B, ...) answers when each image or question has a slot of the link for itself.
 
         Args:
             link: the channel, and how well its code blocks get through.
@@ -126,7 +127,7 @@ class SentPayloads(Sent):
 
 @dataclass(frozen=True)
 class SentTokens(SentPayloads):
-    """Images of which the tokens at the split are sent, at one policy and precision; answers are classes.
+    """Images of which the tokens at the split are sent, at one policy and precision.
 
     Attributes:
         server: the model, cut at its split, and what it puts in the place of lost tokens.
@@ -151,20 +152,21 @@ class SentTokens(SentPayloads):
     @cached_property
     @torch.inference_mode()
     def answers(self) -> Tensor:
-        """(B,) classes the server gives if nothing is lost."""
+        """(B, ...) what the server answers if nothing is lost, see `tokmerge.evaluation.outcomes.decide`."""
         parts = torch.arange(len(self.macs)).split(64)
-        return torch.cat([self.server.merged.serve(self.tokens.images(part)).argmax(1) for part in parts])
+        return torch.cat([decide(self.server.merged.serve(self.tokens.images(part))) for part in parts])
 
     @cached_property
     @torch.inference_mode()
-    def blind_answer(self) -> int:
-        """The class the server gives if nothing arrives."""
-        nothing = Packed(self.server.prototype, Layout(torch.tensor([len(self.server.prototype)])))
-        return int(self.server.merged.serve(nothing).argmax())
+    def blind_answer(self) -> Tensor:
+        """(...) what it answers if nothing arrives."""
+        any_image = self.tokens.images(torch.tensor([0]))
+        return decide(self.server.classify(any_image, torch.zeros(len(any_image.x), dtype=torch.bool)))[0]
 
     def segmentation(self, info_bits: Tensor | int) -> Segmentation:
         layout, dim, precision = self.tokens.layout, self.tokens.x.shape[1], self.server.merged.precision
-        return Segmentation.of_tokens(layout, dim, precision, self.sizes, info_bits, self.chunk_tokens)
+        source = self.server.merged.sent_source(self.tokens)
+        return Segmentation.of_tokens(layout, dim, precision, self.sizes, info_bits, self.chunk_tokens, source)
 
     def payload(self, index: int) -> bytes:
         """The bytes of one image's payload."""
@@ -178,7 +180,7 @@ class SentTokens(SentPayloads):
         answers[count == 0] = self.blind_answer
         touched = ((count > 0) & (count < layout.lengths)).nonzero()[:, 0]
         for part in touched.split(128) if len(touched) else ():
-            answers[part] = self.server.classify(self.tokens.images(part), arrived[layout.rows(part)], how).argmax(1)
+            answers[part] = decide(self.server.classify(self.tokens.images(part), arrived[layout.rows(part)], how))
         return answers
 
 

@@ -39,6 +39,11 @@ class Batch(NamedTuple):
     labels: Tensor
     masks: Tensor | None = None
 
+    @property
+    def truth(self) -> Tensor:
+        """What answers are compared with: masks where there are any, else labels."""
+        return self.labels if self.masks is None else self.masks
+
 
 @dataclass(frozen=True)
 class ImageSet:

@@ -21,14 +21,24 @@ def score_maps(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
     {'score': 0.5, 'mae': 0.25, 'f_measure': 0.565}
     """
     said = logits > 0
-    both, either = (said & masks).sum((1, 2)).double(), (said | masks).sum((1, 2)).double()
+    both = (said & masks).sum((1, 2)).double()
     precision, recall = both / said.sum((1, 2)).clamp(min=1), both / masks.sum((1, 2)).clamp(min=1)
     weighted = (BETA2 * precision + recall).clamp(min=1e-12)
     return {
-        "score": torch.where(either > 0, both / either.clamp(min=1), 1.0),
+        "score": overlap(said, masks),
         "mae": (logits.double().sigmoid() - masks.double()).abs().mean((1, 2)),
         "f_measure": (1 + BETA2) * precision * recall / weighted,
     }
+
+
+def overlap(said: Tensor, masks: Tensor) -> Tensor:
+    """(n,) intersection over union of (n, H, W) bool maps; 1 where both are empty.
+
+    >>> overlap(torch.tensor([[[True, True, False]]]), torch.tensor([[[True, False, False]]]))
+    tensor([0.5000], dtype=torch.float64)
+    """
+    both, either = (said & masks).sum((1, 2)).double(), (said | masks).sum((1, 2)).double()
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def compare_maps(logits: Tensor, reference: Tensor) -> dict[str, Tensor]:

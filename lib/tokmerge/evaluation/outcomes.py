@@ -145,6 +145,20 @@ def evaluate(
     return kind_of(merged)(ids, labels, logits, tokens, macs, sent, truth)
 
 
+def decide(logits: Tensor) -> Tensor:
+    """What is answered: (B,) classes of (B, classes) logits, (B, H, W) bool of those of maps."""
+    return logits.argmax(1) if logits.ndim == 2 else logits > 0
+
+
+def agreement(answers: Tensor, truth: Tensor) -> Tensor:
+    """(B,) of `decide`'s answers with others or with what is true: 1 for the same class, the overlap of maps.
+
+    >>> agreement(torch.tensor([3, 1]), torch.tensor([3, 2]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    return (answers == truth).double() if answers.ndim == 1 else maps.overlap(answers, truth)
+
+
 def kind_of(merged: MergedClassifier) -> type[Outcome]:
     """What a patched model's answers are."""
     return MapOutcome if isinstance(merged, MergedDense) else Outcome

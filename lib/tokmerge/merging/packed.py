@@ -126,9 +126,19 @@ class Packed:
         return self._with_rows(rows, Layout(self.lengths[index]), source)
 
     def keep(self, kept: Tensor) -> "Packed":
-        """The tokens where (T,) bool ``kept`` is True, without a source map: that would name tokens that are gone."""
-        lengths = torch.zeros_like(self.lengths).index_add_(0, self.layout.image, kept.long())
-        return self._with_rows(kept, Layout(lengths), None)
+        """The tokens where (T,) bool ``kept`` is True; of the others the source map says that they were dropped.
+
+        >>> left = pack(torch.arange(6.0).view(2, 3, 1), source=True).keep(torch.tensor([1, 0, 1, 1, 1, 1]) > 0)
+        >>> left.x.flatten().tolist(), left.source.tolist()
+        ([0.0, 2.0, 3.0, 4.0, 5.0], [[0, -1, 1], [0, 1, 2]])
+        """
+        lengths, source = torch.zeros_like(self.lengths).index_add_(0, self.layout.image, kept.long()), self.source
+        layout = Layout(lengths)
+        if source is not None:
+            row = source.clamp(min=0) + self.layout.offsets[:, None]
+            place = (kept.long().cumsum(0) - 1)[row] - layout.offsets[:, None]
+            source = torch.where((source >= 0) & kept[row], place, -1)
+        return self._with_rows(kept, layout, source)
 
     def drop_leading(self, n: int) -> "Packed":
         """All but the first n tokens of every image; the source map then counts without them.

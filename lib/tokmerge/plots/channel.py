@@ -19,23 +19,23 @@ SCHEME_STYLES = {
 
 
 def draw_link(ax: Axes, table: pd.DataFrame) -> None:
-    """Accuracy against SNR with 95 % bands: columns snr_db, family, top1, top1_half."""
+    """Accuracy against SNR with 95 % bands: columns snr_db, family, score, score_half."""
     for family in dict.fromkeys(table.family):
         part = table[table.family == family].sort_values("snr_db")
         color, line, marker = SCHEME_STYLES[family]
-        ax.plot(part.snr_db, 100 * part.top1, line, color=color, label=family, marker=marker, ms=4)
-        low, high = 100 * (part.top1 - part.top1_half), 100 * (part.top1 + part.top1_half)
+        ax.plot(part.snr_db, 100 * part.score, line, color=color, label=family, marker=marker, ms=4)
+        low, high = 100 * (part.score - part.score_half), 100 * (part.score + part.score_half)
         ax.fill_between(part.snr_db, low, high, color=color, alpha=0.12)
     ax.set(xlabel="SNR (dB)", ylabel="top-1 (%)")
     ax.legend(fontsize=7, ncols=2)
 
 
 def draw_trace(ax: Axes, table: pd.DataFrame) -> None:
-    """Accuracy against latency of every choice over a fading trace: columns kind, choice, top1, latency_s."""
+    """Accuracy against latency of every choice over a fading trace: columns kind, choice, score, latency_s."""
     fixed = table[table.kind == "fixed"]
-    ax.scatter(1e3 * fixed.latency_s, 100 * fixed.top1, s=14, color="#999999", label="fixed choices")
+    ax.scatter(1e3 * fixed.latency_s, 100 * fixed.score, s=14, color="#999999", label="fixed choices")
     for color, row in zip(("#0072B2", "#D55E00", "#E69F00"), table[table.kind == "policy"].itertuples(), strict=False):
-        ax.scatter(1e3 * row.latency_s, 100 * row.top1, s=60, marker="*", color=color, label=row.choice)
+        ax.scatter(1e3 * row.latency_s, 100 * row.score, s=60, marker="*", color=color, label=row.choice)
     ax.set(xlabel="mean latency (ms)", ylabel="top-1 over the trace (%)")
     ax.legend(fontsize=7)
 
