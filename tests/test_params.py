@@ -39,7 +39,15 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
     files = sorted((ROOT / "params" / profile).glob("*.yaml"))
     names = {path.stem for path in files}
     elsewhere = {"smoke": {"95_scale"}, "embedded": set(), "paper": {"01_train_vit", "02_train_llava", "95_scale"}}
-    pictures = {"10_inputs", "20_merging", "30_search", "35_images_study", "40_images"}
+    pictures = {
+        "10_inputs",
+        "20_merging",
+        "30_search",
+        "35_images_study",
+        "40_images",
+        "55_channel_study",
+        "60_channel",
+    }
     assert names == (pictures if profile == "photos" else set(NAMES) - elsewhere[profile])
     for path in files:
         given = yaml.safe_load(path.read_text()) or {}
