@@ -8,8 +8,9 @@ def archive(tmp_path, monkeypatch):
     """Debian's tools in small: apt-get that downloads what there is, dpkg-deb that unpacks it."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "apt-get").write_text("""#!/bin/sh
+    (tools / "apt-get").write_text("""#!/bin/bash
 for last; do :; done
+[ "$TMPDIR" -ef . ] || { echo "E: no folder of its own" >&2; exit 100; }
 case " $* " in *" update "*) exit 0 ;; esac
 [ "$last" = none ] && { echo "E: Unable to locate package none" >&2; exit 100; }
 [ "$last" = silent ] && exit 0

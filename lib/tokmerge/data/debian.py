@@ -34,7 +34,9 @@ def unpack(packages: Sequence[str], work: Path) -> Path:
 
 def _run(command: list[str], folder: Path) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        # apt checks signatures in the folder for temporary files, which not everyone may write to.
+        own = {**os.environ, "TMPDIR": str(folder)}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=own)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DataError(f"{command[0]}: {error}") from error
     if done.returncode:
