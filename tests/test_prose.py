@@ -1,6 +1,7 @@
 import importlib.util
 
 import pytest
+from tokmerge import verify
 from tokmerge.io import paths, store
 
 ROOT = paths.root()
@@ -47,6 +48,9 @@ def test_prose_that_cannot_be_held_to_its_numbers_is_refused(text, message):
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
 def test_every_number_in_prose_is_the_one_of_its_key(page):
-    text = (ROOT / page).read_text()
-    assert prose.fill(text, store.load_json(ROOT / "figures" / "numbers.json")) == text
+    text, numbers = (ROOT / page).read_text(), store.load_json(ROOT / "figures" / "numbers.json")
+    # Rebuilt on another machine numbers move by what machines differ in: prose may go on saying what was committed.
+    differ = verify.compare(verify.committed(ROOT), numbers)
+    moved = {one.key: one.before for one in differ if not one.beyond and one.before is not None}
+    assert text in (prose.fill(text, numbers), prose.fill(text, numbers | moved))
     assert page != "README.md" or text.count("<!-- numbers -->") == 1
