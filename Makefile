@@ -72,7 +72,7 @@ studies: $(READY)
 
 test: lint
 	pytest -n 2 --dist loadfile --doctest-modules
-	pytest --nbval-lax --nbval-cell-timeout=600 notebooks
+	sh notebooks/nbval.sh
 
 test-browser: site
 	pytest tests/browser

@@ -100,6 +100,24 @@ def test_the_lanes_of_the_smoke_profile_name_its_stages():
     assert sorted([*" ".join(lanes).split(), "figures"]) == sorted(preflight.stages(ROOT, "smoke"))
 
 
+def test_every_notebook_is_run_once_by_the_checks_and_after_what_it_reads():
+    lanes = re.findall(r"^lane ([\d ]+)", (ROOT / "notebooks" / "nbval.sh").read_text(), re.MULTILINE)
+    numbers = " ".join(lanes).split()
+    assert sorted(numbers) == sorted(path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb"))
+    # Two lanes run side by side, the last alone.
+    rounds = [lanes[:2], lanes[2:4], lanes[4:]]
+    made = {stage["outs"][0] if isinstance(stage["outs"][0], str) else next(iter(stage["outs"][0])): stage
+            for stage in preflight.stages(ROOT, "smoke").values()}  # fmt: skip
+    for at, some in enumerate(rounds):
+        for lane in some:
+            for turn, number in enumerate(lane.split()):
+                reads = next((stage for stage in made.values() if f"/{number}_" in stage["deps"][0]), {"deps": []})
+                for stage in (made[dep] for dep in reads["deps"] if dep in made):
+                    other = stage["deps"][0].split("/")[1][:2]
+                    before = [one for earlier in rounds[:at] for part in earlier for one in part.split()]
+                    assert other in [*before, *lane.split()[:turn]], f"{number} reads what {other} makes"
+
+
 def test_the_pipeline_is_one_short_file_whose_metrics_and_plots_are_there():
     assert list(ROOT.glob("params/**/dvc.yaml")) == []
     pipeline = (ROOT / "dvc.yaml").read_text()
