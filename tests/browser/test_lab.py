@@ -9,6 +9,7 @@ import time
 
 import pytest
 from tokmerge.io import paths
+from tokmerge.models.saliency import fetched_file
 
 ROOT = paths.root()
 TOUR = ROOT / "notebooks" / "00_tour.ipynb"
@@ -65,7 +66,8 @@ def test_tour_runs_shows_its_figures_and_follows_the_sliders(lab, page):
     widths = page.evaluate(
         "Array.from(document.querySelectorAll('.jp-OutputArea-output > img'), image => image.naturalWidth)"
     )
-    assert len(widths) == 3, "merge maps, slider positions, token budget"
+    photographs = fetched_file(paths.root() / "data").is_file()
+    assert len(widths) == 3 + photographs, "photographs if their model is there, merge maps, slider positions, budget"
     assert min(widths) > 300
     assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
 
