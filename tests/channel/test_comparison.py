@@ -33,6 +33,7 @@ def test_every_family_shows_its_best_and_choices_are_made_on_select_images():
     assert table[["snr_db", "family"]].values.tolist() == [[0, "a"], [0, "b"], [20, "a"], [20, "b"]]
     assert table.member.tolist() == ["good on select", "short", "good on select", "long"]
     assert table.score.tolist() == pytest.approx([0.25, 0.5, 0.25, 1.0])
+    assert table.select_score.tolist() == pytest.approx([1.0, 0.5, 1.0, 1.0]), "what it was chosen by, not what it does"
     assert table.gain.tolist() == pytest.approx([-0.25, 0, -0.75, 0])
     assert table.gain_half[1] == 0
     assert table.gain_half[0] > 0

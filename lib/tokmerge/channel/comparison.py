@@ -68,14 +68,14 @@ def contest(
         right = {}
         for family, own in families.items():
             tried = options(own, link, snr_db, slot, goal, n_caps, seed)
-            score, index, cap = max(tried, key=lambda option: option[0])
+            on_select, index, cap = max(tried, key=lambda option: option[0])
             member, uses = own[index], slot.uses_for(own[index].test)
             right[family] = hits(member.test, test_labels, link, snr_db, uses, cap, draws, seed + 1)
             score, half = selection.interval(right[family])
             rows.append({
                 "snr_db": float(snr_db), "family": family, "member": member.name, "precision": member.precision,
                 "cap": str(link.rates.schemes[cap]) if member.sending == "cut off" else member.sending,
-                "select_score": score, "score": score, "score_half": half, "right": right[family].tolist(),
+                "select_score": on_select, "score": score, "score_half": half, "right": right[family].tolist(),
             })  # fmt: skip
         for row in rows[-len(families) :] if base in families else ():
             row["gain"], row["gain_half"] = selection.paired(right[row["family"]], right[base])

@@ -61,7 +61,7 @@ class Responder:
         (n, dim), protected = got.tokens.shape, len(self.prototype)
         if dim != self.merged.embed_dim or not protected < n <= protected + self.patches:
             raise ValueError(f"a payload of {n} x {dim} values: not of this model")
-        layout, source, sizes = Layout(torch.tensor([n])), None, got.sizes
+        layout, source = Layout(torch.tensor([n])), None
         order = travel_order(layout, protected)
         back = order.argsort()
         sizes = None if got.sizes is None else got.sizes[back].float().clamp(min=1)
