@@ -8,6 +8,7 @@ import torch
 from conftest import GEOMETRY, build_dense
 from tokmerge import wire
 from tokmerge.channel.segmentation import encode_payloads
+from tokmerge.merging import merge
 from tokmerge.models.cost import module_macs
 
 
@@ -28,6 +29,35 @@ def plain(model, decide, feature="tokens"):
     return run
 
 
+def plain_from(model, decide, split):
+    """The map of one image where all places keep their own stream from a block on, to which their token's steps add."""
+
+    def add(whole, steps, groups):
+        for step, group in zip(steps, groups, strict=True):
+            whole[sorted(group)] += step
+
+    def run(image):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+        sizes, groups, counts = [1.0] * len(x), [{i} for i in range(len(x))], [len(x)]
+        for index, block in enumerate(model.blocks):
+            if index == split:
+                whole = torch.stack([next(x[t] for t, group in enumerate(groups) if i in group) for i in range(65)])
+            out, _, first = reference.vit_layer(block, x, sizes)
+            if index >= split:
+                add(whole, out, groups)
+            x = x + out
+            layer = reference.Layer(index, x[None], first, sizes, groups, model.num_prefix_tokens)
+            x, sizes, groups = reference.combine(x, sizes, groups, **decide(layer))
+            out = block.ls2(block.mlp(block.norm2(x)))
+            if index >= split:
+                add(whole, out, groups)
+            x = x + out
+            counts.append(len(x))
+        return model.decoder(model.norm(whole)[1:].T.unflatten(1, (8, 8))[None])[0], counts, sizes, groups
+
+    return run
+
+
 POLICIES = {
     "threshold": (tokmerge.Threshold([0.9, 1.0, 0.5, -1.0]), reference.threshold_choice([0.9, 1.0, 0.5, -1.0])),
     "top r": (tokmerge.TopR([9, 0, 5, 20], "tokens"), reference.top_r_choice([9, 0, 5, 20])),
@@ -40,6 +70,29 @@ def test_maps_are_those_of_the_unmerged_grid(policy, decide, images):
     merged = tokmerge.patch(model, policy)
     checks.equals_alone(merged, images)
     checks.equals_plain(merged, images, plain(model.double(), decide))
+
+
+@pytest.mark.parametrize("split", [0, 2])
+@pytest.mark.parametrize(("policy", "decide"), POLICIES.values(), ids=POLICIES)
+def test_merging_on_the_server_leaves_places_their_detail(policy, decide, split, images):
+    model = build_dense()
+    merged = tokmerge.patch(model, policy, split_layer=split)
+    checks.equals_alone(merged, images)
+    forgets, _ = tokmerge.patch(model, policy)(images)
+    assert not torch.allclose(merged(images)[0], forgets, atol=1e-3)
+    checks.equals_plain(merged, images, plain_from(model.double(), decide, split))
+
+
+def test_places_that_never_arrived_stay_empty(images):
+    merged = tokmerge.patch(build_dense(), tokmerge.TopR(9), split_layer=2)
+    sent = merged.edge(images)
+    kept = torch.ones(len(sent.x), dtype=torch.bool)
+    kept[5:9] = False
+    received = sent.keep(kept)
+    tokens, _ = merged._server(received)
+    lost = received.source < 0
+    assert lost.any()
+    assert (merge.unmerge_tokens(tokens, tokens.source)[lost] == 0).all()
 
 
 def test_without_merging_it_is_the_model_itself(images):

@@ -1,6 +1,7 @@
 """Token merging: average the pairs that a policy chose (ToMe, Bolya et al., 2210.09461, section 3), and copy back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,16 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
             where[dropped] = -1
         moved = where[source.clamp(min=0) + tokens.layout.offsets[:, None]]
         source = torch.where((source < 0) | (moved < 0), -1, moved - layout.offsets[:, None])
-    return Packed(merged.to(x.dtype), layout, new_sizes, source, place)
+    after = Packed(merged.to(x.dtype), layout, new_sizes, source, place)
+    if tokens.detail is None or tokens.source is None or source is None:
+        return after
+    return replace(after, detail=unmerge_tokens(tokens, tokens.source) - unmerge_tokens(after, source))
 
 
 def unmerge_tokens(packed: Packed, source: Tensor) -> Tensor:
-    """Copy every token to the places it stands for: source map (B, N) -> (B, N, D); zeros where one was dropped."""
-    grid = packed.x[source.clamp(min=0) + packed.layout.offsets[:, None]]
-    return grid.masked_fill((source < 0)[..., None], 0.0)
+    """Copy every token to the places it stands for: source map (B, N) -> (B, N, D); zeros where one was dropped.
+
+    With the tokens' detail, where they have it: then no merge since it began has changed what is given here.
+    """
+    grid = packed.x[source.clamp(min=0) + packed.layout.offsets[:, None]].masked_fill((source < 0)[..., None], 0.0)
+    return grid if packed.detail is None else grid + packed.detail

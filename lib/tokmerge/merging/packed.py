@@ -5,7 +5,7 @@ as they are, without padding; only attention and matching need to know which row
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +101,8 @@ class Packed:
     source: Tensor | None = None
     #: (T, 2) row and column in the patch grid, of a merged token the mean over its patches; None where not known
     place: Tensor | None = None
+    #: (B, N, D) what each original token has beside the value of the one it is part of; None unless asked for
+    detail: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -118,7 +120,7 @@ class Packed:
 
     def with_x(self, x: Tensor) -> "Packed":
         """The same tokens with other values."""
-        return Packed(x, self.layout, self.sizes, self.source, self.place)
+        return replace(self, x=x)
 
     def images(self, index: Tensor) -> "Packed":
         """Some images (B',), in that order, each as often as it occurs."""

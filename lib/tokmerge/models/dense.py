@@ -55,6 +55,19 @@ class MergedDense(MergedViT):
             )
         return self.model.forward_head(unmerge_tokens(packed, packed.source))
 
+    def _server(self, tokens: Packed) -> tuple[Packed, list[Tensor]]:
+        """As of the base, with the detail of every patch: what a merge on the server takes from it is not forgotten."""
+        if tokens.source is None or self.policy is None or self.split_layer == self.depth:
+            return super()._server(tokens)
+        lost = (tokens.source < 0)[..., None]
+        none = tokens.x.new_zeros(*tokens.source.shape, self.embed_dim)
+        after, lengths = self.run_layers(replace(tokens, detail=none), range(self.split_layer, self.depth))
+        assert after.source is not None
+        whole = self.last_norm(unmerge_tokens(after, after.source)).masked_fill(lost, 0.0)
+        normed = replace(after, x=self.last_norm(after.x), detail=None)
+        left = whole - unmerge_tokens(normed, after.source)
+        return replace(normed, detail=left), [*lengths, after.lengths]
+
     def measure_cost(self, image_shape: tuple[int, ...]) -> ViTCost:
         decoder = module_macs(self.model.decoder, 1, self.embed_dim, *self.model.patch_embed.grid_size)
         return replace(super().measure_cost(image_shape), head=decoder)
