@@ -160,6 +160,14 @@ def test_rows_do_not_depend_on_shards_or_workers(tmp_path, inputs_dir, expected,
     assert tables[1].tokens_sent.tolist() == [197 - 12 * 12] * 5
 
 
+def test_trials_may_be_measured_in_sixteen_bits(inputs_dir):
+    point = Configuration(tokmerge.TopR(12), "int8", 2)
+    exact, fast = (objective.load_objective(str(inputs_dir), 3, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert fast.unmerged.logits.dtype == torch.float32
+    for name, value in exact(point).items():
+        assert fast(point)[name] == pytest.approx(value, abs=0.05), name
+
+
 def test_images_are_those_that_were_recorded(inputs_dir):
     recorded = pd.read_parquet(inputs_dir / "splits.parquet").id.tolist()
     assert objective.load_objective(str(inputs_dir), 2, skip=1).images.ids == recorded[1:3]

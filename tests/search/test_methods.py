@@ -52,13 +52,22 @@ def test_schedules_take_their_counts(spaces):
 
 
 def test_precision_is_searched_beside_the_policy(spaces):
-    space = methods.sent_space(spaces["threshold"], 2, ["float16", "int8", "int4"])
+    space = methods.sent_space(spaces["threshold"], [2], ["float16", "int8", "int4"])
     shares = dict.fromkeys(spaces["threshold"].bounds, 0.5)
     policy = spaces["threshold"].configuration(shares).policy
     for coarseness, precision in ((0.0, "float16"), (0.99, "float16"), (1.0, "int8"), (2.5, "int4"), (3.0, "int4")):
         found = space.configuration({**shares, "coarseness": coarseness})
         assert found == Configuration(policy, precision, 2)
     assert space.bounds["coarseness"] == (0.0, 3.0)
+
+
+def test_where_to_cut_is_searched_beside_it(spaces):
+    space = methods.sent_space(spaces["ToMe"], [1, 4], ["float16", "int8"])
+    choice = dict.fromkeys(spaces["ToMe"].bounds, 0.5)
+    policy = spaces["ToMe"].configuration(choice).policy
+    for cut, split in ((0.0, 1), (0.99, 1), (1.0, 4), (2.0, 4)):
+        assert space.configuration({**choice, "coarseness": 1.5, "cut": cut}) == Configuration(policy, "int8", split)
+    assert space.bounds["cut"] == (0.0, 2.0)
 
 
 @pytest.mark.parametrize("parameters", [5, 2])

@@ -110,22 +110,29 @@ def squares(roots: Sequence[float]) -> list[float]:
     return [root * root for root in roots]
 
 
-def sent_space(space: Space, split_layer: int, precisions: Sequence[str]) -> Space:
-    """A space joined with the precision of the values that are sent.
+def sent_space(space: Space, splits: Sequence[int], precisions: Sequence[str]) -> Space:
+    """A space joined with where the model is cut and with the precision of the values that are sent.
 
     Args:
         space: of the policy.
-        split_layer: blocks that run before the tokens are sent.
+        splits: blocks that run before the tokens are sent; of several one parameter, rounded down, chooses.
         precisions: of `tokmerge.wire.PRECISIONS`, coarser and coarser; one parameter, rounded down, chooses.
     """
 
-    def build(coarseness: float, **rest: Any) -> Configuration:
-        chosen = precisions[min(int(coarseness), len(precisions) - 1)]
-        return replace(space.build(**rest), precision=chosen, split_layer=split_layer)
+    def build(coarseness: float, cut: float = 0.0, **rest: Any) -> Configuration:
+        sent = {"precision": _chosen(precisions, coarseness), "split_layer": _chosen(splits, cut)}
+        return replace(space.build(**rest), **sent)
 
-    settled = {**space.settled, "split_layer": split_layer, "precisions": list(precisions)}
     scalars = {**space.scalars, "coarseness": (0.0, float(len(precisions)))}
+    where: dict[str, Any] = {"split_layer": splits[0]}
+    if len(splits) > 1:
+        where, scalars["cut"] = {"splits": list(splits)}, (0.0, float(len(splits)))
+    settled = {**space.settled, **where, "precisions": list(precisions)}
     return replace(space, build=build, settled=settled, scalars=scalars)
+
+
+def _chosen(options: Sequence[Any], value: float) -> Any:
+    return options[min(int(value), len(options) - 1)]
 
 
 def counts(shares: Sequence[float], n_tokens: int) -> tuple[int, ...]:
