@@ -6,14 +6,14 @@ from tokmerge.plots.questions import draw_answered, draw_per_photo
 def test_wrong_answers_stand_out():
     row = {
         "pixels": [0] * 48, "height": 4, "width": 4, "source": [0, 0, 1, 2], "tokens": 3, "macs_ratio": 0.5,
-        "questions": ["a?", "b?"], "answers": ["yes", "no"], "truth": ["yes", "yes"],
+        "method": "threshold", "questions": ["a?", "b?"], "answers": ["yes", "no"], "truth": ["yes", "yes"],
     }  # fmt: skip
     _, axes = plt.subplots(1, 2)
     draw_answered(axes, pd.DataFrame([row, row]))
     colors = {text.get_text(): text.get_color() for text in axes[1].texts}
     assert colors == {"yes": "0.1", "no": "#D50000"}
     assert [text.get_text() for text in axes[0].texts] == ["a?", "yes", "b?", "no"]
-    assert axes[0].get_title(loc="left") + axes[0].get_title() == "3 tokens, MACs 0.50"
+    assert axes[0].get_title(loc="left") + axes[0].get_title() == "threshold\n3 tokens, MACs 0.50"
 
 
 def test_what_a_scene_takes_is_a_line_per_point():

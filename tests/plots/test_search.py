@@ -17,7 +17,8 @@ def test_draw_front_shows_three_projections_with_the_grids():
     assert front.get_offsets().tolist() == trials[["bytes_ratio", "kl"]][:2].to_numpy().tolist()
     assert axes[0].lines[0].get_xdata().tolist() == [0.6, 0.8], "a grid is joined in order of MACs"
     assert axes[0].get_ylim() == (0, 0.1)
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["trials", "one threshold", "Pareto front"]
+    named = [text.get_text() for text in axes[0].figure.legends[0].get_texts()]
+    assert named == ["trials", "one threshold", "Pareto front"]
 
 
 def test_draw_profile_has_a_line_per_point():

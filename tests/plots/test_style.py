@@ -1,5 +1,6 @@
 import matplotlib.pyplot as plt
-from tokmerge.plots.style import save_figure, shades, style
+import pytest
+from tokmerge.plots.style import legend_outside, save_figure, shades, shared_legend, style
 
 
 def test_saved_figures_are_the_same_bytes_at_every_run(tmp_path):
@@ -7,12 +8,26 @@ def test_saved_figures_are_the_same_bytes_at_every_run(tmp_path):
     for run in ("a", "b"):
         fig, ax = plt.subplots()
         ax.plot([0, 1], [0, 1], label="x")
-        ax.legend()
-        save_figure(fig, tmp_path / run)
+        ax.set_title("ten numbers of a data set")
+        legend_outside(ax)
+        shared_legend(fig.axes, columns=1)
+        save_figure(fig, tmp_path / run, "data set")
     for suffix in (".svg", ".png"):
         first, second = ((tmp_path / f"{run}{suffix}").read_bytes() for run in ("a", "b"))
         assert first == second
         assert len(first) > 1000
+
+
+def test_figures_name_their_data_and_keep_legends_off_it(tmp_path):
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], [0, 1], label="x")
+    with pytest.raises(ValueError, match="figure one does not say that it shows Fashion-MNIST"):
+        save_figure(fig, tmp_path / "one", "Fashion-MNIST")
+    fig.suptitle("Fashion-MNIST")
+    ax.legend()
+    with pytest.raises(ValueError, match="figure one has a legend on its axes"):
+        save_figure(fig, tmp_path / "one", "Fashion-MNIST")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_keeps_its_shade_and_the_palette_begins_again():

@@ -5,6 +5,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tokmerge.plots.style import legend_outside, shared_legend
+
+NAMES = {"jpeg": "JPEG", "webp": "WebP", "awgn": "AWGN", "rayleigh": "Rayleigh", "rician": "Rician", "vqa": "VQA"}
 SCHEME_STYLES = {
     "unmerged": ("#333333", "-", "*"),
     "cut off": ("#999999", "--", "x"),
@@ -18,29 +21,35 @@ SCHEME_STYLES = {
 }
 
 
-def draw_link(ax: Axes, table: pd.DataFrame) -> None:
+def _spell(name: str) -> str:
+    """As names are written: "analog Rayleigh"."""
+    return " ".join(NAMES.get(word, word) for word in name.split())
+
+
+def draw_link(ax: Axes, table: pd.DataFrame, score_name: str = "top-1", legend: bool = True) -> None:
     """Accuracy against SNR with 95 % bands: columns snr_db, family, score, score_half."""
     for family in dict.fromkeys(table.family):
         part = table[table.family == family].sort_values("snr_db")
         color, line, marker = SCHEME_STYLES[family]
-        ax.plot(part.snr_db, 100 * part.score, line, color=color, label=family, marker=marker, ms=4)
+        ax.plot(part.snr_db, 100 * part.score, line, color=color, label=_spell(family), marker=marker, ms=4)
         low, high = 100 * (part.score - part.score_half), 100 * (part.score + part.score_half)
         ax.fill_between(part.snr_db, low, high, color=color, alpha=0.12)
-    ax.set(xlabel="SNR (dB)", ylabel="top-1 (%)")
-    ax.legend(fontsize=7, ncols=2)
+    ax.set(xlabel="SNR (dB)", ylabel=f"{score_name} (%)")
+    if legend:
+        legend_outside(ax, columns=3)
 
 
-def draw_trace(ax: Axes, table: pd.DataFrame) -> None:
+def draw_trace(ax: Axes, table: pd.DataFrame, score_name: str = "top-1") -> None:
     """Accuracy against latency of every choice over a fading trace: columns kind, choice, score, latency_s."""
     fixed = table[table.kind == "fixed"]
     ax.scatter(1e3 * fixed.latency_s, 100 * fixed.score, s=14, color="#999999", label="fixed choices")
     for color, row in zip(("#0072B2", "#D55E00", "#E69F00"), table[table.kind == "policy"].itertuples(), strict=False):
         ax.scatter(1e3 * row.latency_s, 100 * row.score, s=60, marker="*", color=color, label=row.choice)
-    ax.set(xlabel="mean latency (ms)", ylabel="top-1 over the trace (%)")
-    ax.legend(fontsize=7)
+    ax.set(xlabel="mean latency (ms)", ylabel=f"{score_name} over the trace (%)")
+    legend_outside(ax, columns=2)
 
 
-def draw_sweeps(sweeps: pd.DataFrame, title: str) -> Figure:
+def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> Figure:
     """`draw_link` of up to nine sweeps, a panel each: columns sweep and uses (0: not one number) as well."""
     names = sweeps.sweep.unique()
     fig, axes = plt.subplots(3, 3, figsize=(13, 9.6), sharex=True, sharey=True)
@@ -48,9 +57,10 @@ def draw_sweeps(sweeps: pd.DataFrame, title: str) -> Figure:
         ax.remove()
     for ax, name in zip(axes.flat, names, strict=False):
         part = sweeps[sweeps.sweep == name]
-        draw_link(ax, part)
+        draw_link(ax, part, score_name, legend=False)
         uses = part.uses.iloc[0]
-        ax.set_title(f"{name.removesuffix(f' {uses}')}, {uses:,} uses" if uses else name, fontsize=9)
+        ax.set_title(_spell(f"{name.removesuffix(f' {uses}')}, {uses:,} uses" if uses else name), fontsize=9)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
+    shared_legend(fig.axes, columns=5)
     return fig

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from PIL import Image
 
-from tokmerge.plots.style import AXIS_LABELS, COLORS
+from tokmerge.plots.style import AXIS_LABELS, COLORS, legend_outside, shared_legend
 
 # Methods of images; those that are cut after some block are ours, too.
 OURS = ("threshold", "size-aware threshold", "confidence threshold", "capped threshold", "relative threshold")
@@ -35,7 +35,7 @@ def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
         ax.fill_between(wide.index, wide[low], wide[high], color=COLORS["threshold"], alpha=alpha, lw=0, label=label)
     ax.plot(wide.index, wide[0.5], "o-", color=COLORS["threshold"], ms=3.5, label="median")
     ax.set(xlabel="layer", ylabel="cosine with best match", xticks=wide.index)
-    ax.legend(loc="lower right", ncols=3)
+    legend_outside(ax, columns=3)
 
 
 def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
@@ -92,7 +92,7 @@ def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFram
     axes[0].set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="images")
     axes[1].set(xlabel="tenths of images, by unmerged confidence", ylabel=AXIS_LABELS["macs_ratio"])
     axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="score lost (points)")
-    axes[2].legend()
+    legend_outside(axes[1], columns=2)
 
 
 def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) -> None:
@@ -106,19 +106,19 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) 
     for (method, precision), part in splits.groupby(["method", "precision"], sort=False):
         look: dict[str, Any] = {"color": colors[str(method)], "label": f"{method}, {precision}"}
         axes[0].semilogy(part.split_layer, part.payload_bytes, styles[str(precision)], **look)
-    for ending, color in (("jpeg", COLORS["fixed r"]), ("webp", COLORS["accent"])):
+    for ending, label, color in (("jpeg", "JPEG", COLORS["fixed r"]), ("webp", "WebP", COLORS["accent"])):
         fine = sent[(sent.sent == ending) & (sent.score_drop <= 0.005)]
         if len(fine):
-            look = {"color": color, "label": f"{ending}, within 0.5 points"}
+            look = {"color": color, "label": f"{label}, within 0.5 points"}
             axes[0].axhline(fine.payload_bytes.min(), lw=1, ls="-.", **look)
     axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
-    axes[0].legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    legend_outside(axes[0], columns=3)
     for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):
         for where, macs, marker in (("device", part.edge_macs, "o-"), ("server", part.server_macs, "s--")):
             look = {"color": colors[str(method)], "label": f"{method}, {where}"}
             axes[1].plot(part.split_layer, macs / 1e6, marker, ms=3, **look)
     axes[1].set(xlabel="blocks on the device", ylabel="million MACs per image")
-    axes[1].legend(fontsize=7)
+    legend_outside(axes[1], columns=2)
 
 
 def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> None:
@@ -150,8 +150,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
     ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0) if low <= tick <= high]
     axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[-1].set_xticks([], minor=True)
-    once = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
-    axes[0].figure.legend(once.values(), once, loc="lower center", ncols=len(groups), bbox_to_anchor=(0.5, -0.06))
+    shared_legend(axes, columns=len(groups))
 
 
 def draw_gains(ax: Axes, gains: pd.DataFrame) -> None:
@@ -171,7 +170,7 @@ def draw_gains(ax: Axes, gains: pd.DataFrame) -> None:
     ax.set(yticks=range(len(labels)), xlabel="gain of adaptivity (points of accuracy)")
     ax.set_yticklabels([f"{method}, {kept[cost]}" for method, cost in labels], fontsize=8)
     ax.invert_yaxis()
-    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.2))
+    legend_outside(ax)
 
 
 def draw_budgets(ax: Axes, budgets: pd.DataFrame) -> None:
@@ -186,4 +185,4 @@ def draw_budgets(ax: Axes, budgets: pd.DataFrame) -> None:
         )  # fmt: skip
     ax.axhline(0, color=COLORS["unmerged"], lw=0.8, ls="--")
     ax.set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="gain over same counts\n(points of accuracy)")
-    ax.legend(fontsize=7)
+    legend_outside(ax, columns=2)

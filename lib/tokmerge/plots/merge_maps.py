@@ -64,7 +64,7 @@ def depth_heading(blocks: int) -> str:
     return "input" if blocks == 0 else f"after block {blocks}"
 
 
-def draw_depths(maps: pd.DataFrame) -> Figure:
+def draw_depths(maps: pd.DataFrame, title: str = "") -> Figure:
     """Images merged deeper and deeper: columns id, class, blocks, tokens, protected and those of `draw_saved_map`."""
     ids, depths = list(dict.fromkeys(maps.id)), sorted(maps.blocks.unique())
     fig, axes = map_grid(len(ids), [depth_heading(blocks) for blocks in depths])
@@ -74,10 +74,11 @@ def draw_depths(maps: pd.DataFrame) -> Figure:
         ax.set_title(f"{row.tokens} tokens", fontsize=9)
     for ax, label in zip(axes[:, 0], maps.groupby("id", sort=False)["class"].first(), strict=True):
         ax.set_ylabel(label, fontsize=9)
+    fig.suptitle(title, fontsize=10, y=0.97)
     return fig
 
 
-def draw_ends(maps: pd.DataFrame, n_images: int) -> Figure:
+def draw_ends(maps: pd.DataFrame, n_images: int, title: str = "") -> Figure:
     """Four images at either end of so many: columns class, end, tokens, protected and those of `draw_saved_map`."""
     fig, axes = plt.subplots(2, 4, figsize=(7, 4.2))
     for ax, row, label in zip(axes.flat, maps.itertuples(), maps["class"], strict=True):
@@ -85,6 +86,7 @@ def draw_ends(maps: pd.DataFrame, n_images: int) -> Figure:
         ax.set_title(f"{label}, {row.tokens} tokens", fontsize=8)
     for ax, end in zip(axes[:, 0], maps.end.unique(), strict=True):
         ax.set_ylabel(f"{end} of {n_images:,}", fontsize=8)
+    fig.suptitle(title, fontsize=10)
     return fig
 
 

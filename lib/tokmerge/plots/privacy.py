@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokmerge.plots.style import COLORS, shades
+from tokmerge.plots.style import COLORS, legend_outside, shades
 
 LEAKAGE_LABELS = {
     "ssim": "SSIM of the reconstruction",
@@ -110,7 +110,7 @@ def draw_worst(ax: Axes, table: pd.DataFrame, metric: str, defences: Sequence[st
         ax.bar(places + offset, part.value, 0.38, yerr=error, color=color, label=label, error_kw={"elinewidth": 0.7})
     ax.set_xticks(places, list(defences), rotation=35, ha="right", fontsize=8)
     ax.set_ylabel(LEAKAGE_LABELS[metric])
-    ax.legend(loc="upper right", ncols=2)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=7.5)
 
 
 def draw_convergence(ax: Axes, curves: pd.DataFrame) -> None:
@@ -122,4 +122,4 @@ def draw_convergence(ax: Axes, curves: pd.DataFrame) -> None:
         label = defence if attacker == "map" else None
         ax.plot(part.step, part.loss, styles[str(attacker)], color=colors[defence], lw=1.2, label=label)
     ax.set(xlabel="training steps", ylabel="loss on held-out images", yscale="log")
-    ax.legend(fontsize=6.5, ncols=2)
+    legend_outside(ax, beside=True)

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from tokmerge.plots.merge_maps import draw_saved_map
-from tokmerge.plots.style import shades
+from tokmerge.plots.style import legend_outside, shades
 
 # Methods with a threshold for every layer; "one threshold" for all of them is a peer.
 QUESTION_OURS = ("threshold", "local threshold")
@@ -22,11 +22,11 @@ QUESTION_GROUPS = {
 def draw_answered(axes: Sequence[Axes], maps: pd.DataFrame) -> None:
     """One image's merge map at several points, with what was answered there; wrong answers in red.
 
-    Columns tokens, macs_ratio, questions, answers, truth and those of `draw_saved_map`; a row per point.
+    Columns method, tokens, macs_ratio, questions, answers, truth and those of `draw_saved_map`; a row per point.
     """
     for column, (ax, row) in enumerate(zip(axes, maps.itertuples(), strict=True)):
         draw_saved_map(ax, row, protected=0)
-        ax.set_title(f"{row.tokens} tokens, MACs {row.macs_ratio:.2f}", fontsize=9)
+        ax.set_title(f"{row.method}\n{row.tokens} tokens, MACs {row.macs_ratio:.2f}", fontsize=9)
         for line, (question, said, true) in enumerate(zip(row.questions[:6], row.answers, row.truth, strict=False)):
             place: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 7, "va": "top"}
             if column == 0:
@@ -49,4 +49,4 @@ def draw_per_photo(axes: Sequence[Axes], table: pd.DataFrame) -> None:
                 )  # fmt: skip
         ax.set(xlabel="photos in the scene", ylabel=label, xticks=sorted(set(table.photos)))
         ax.set_ylim(0, None)
-    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    legend_outside(axes[-1], beside=True)

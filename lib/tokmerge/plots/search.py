@@ -1,13 +1,14 @@
 """Figures of the search: fronts, profiles over the depth, hypervolume against evaluations."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from tokmerge.plots.style import AXIS_LABELS, COLORS
+from tokmerge.plots.style import AXIS_LABELS, COLORS, legend_outside, shared_legend
 
 
 def draw_front(
@@ -28,7 +29,7 @@ def draw_front(
         ax.scatter(front[x], front[y], s=22, color=COLORS["search"], label="Pareto front", zorder=3)
         ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS[y], xlim=(0, 1.02))
         ax.set_ylim(0, worst if y == axis else 1.02)
-    axes[0].legend(loc="upper right")
+    shared_legend(axes, columns=4)
 
 
 def draw_profile(ax: Axes, points: pd.DataFrame) -> None:
@@ -45,7 +46,7 @@ def draw_profile(ax: Axes, points: pd.DataFrame) -> None:
         everything = np.flatnonzero(row <= -1)
         ax.plot(everything, shown[everything], "v", ms=7, color=shade)
     ax.set(xlabel="layer", ylabel="cosine threshold (1: off)", xticks=range(thresholds.shape[1]))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_outside(ax, beside=True)
 
 
 def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
@@ -56,14 +57,14 @@ def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
     """
     missing = traces.assign(percent=100 * (1 - traces.fraction))
     ends = missing.groupby(["method", "evaluation"]).percent.median().groupby("method").min()
-    for method in ends.sort_values(ascending=False).index:
+    for method, marker in zip(ends.sort_values(ascending=False).index, cycle("osD^v<>PXph*"), strict=False):
         over = missing[missing.method == method].groupby("evaluation").percent
         middle, color = over.median(), COLORS.get(str(method), "0.4")
         ax.fill_between(middle.index, over.min(), over.max(), color=color, alpha=0.12, lw=0)
-        ax.plot(middle.index, middle, lw=1.4, color=color, label=str(method))
+        ax.plot(middle.index, middle, lw=1.4, color=color, label=str(method), marker=marker, ms=4, markevery=12)
     ax.set(xlabel="evaluations", ylabel="hypervolume missing (%)", yscale="log", yticks=[3, 10, 30, 100])
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_outside(ax, beside=True)
 
 
 def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float) -> None:
@@ -87,5 +88,4 @@ def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float) -
     axes[0].set_xlabel(AXIS_LABELS["macs_ratio"])
     axes[1].axvline(100 * max_drop, color=COLORS["unmerged"], lw=0.8, ls="--")
     axes[1].set_xlabel("loss on select images (points)")
-    drawn = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(*drawn, loc="lower center", bbox_to_anchor=(0.5, -0.06), ncols=2)
+    shared_legend(axes, columns=2)
