@@ -79,7 +79,16 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
 def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
     names = {profile: list(preflight.stages(ROOT, profile)) for profile in PROFILES}
     assert names["embedded"] == [*TRAINING, *names["paper"]]
-    assert names["photos"] == ["inputs", "merging", "search", "images_study", "images", "channel_study", "channel"]
+    assert names["photos"] == [
+        "inputs",
+        "merging",
+        "search",
+        "images_study",
+        "images",
+        "channel_study",
+        "channel",
+        "privacy_study",
+    ]
     hours = {*TRAINING, *STUDIES}
     assert names["smoke"] == [f"{name}_chained" if name in hours else name for name in names["embedded"]]
     for name, (_, stage) in STAGES.items():

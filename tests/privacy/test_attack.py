@@ -1,13 +1,18 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import tokmerge
 import torch
-from conftest import save_inputs
+from conftest import build_dense, save_inputs
+from tokmerge import wire
 from tokmerge.data import scenes
+from tokmerge.data.image_sets import Batch
 from tokmerge.data.registry import load_images
 from tokmerge.evaluation.inputs import open_inputs
+from tokmerge.evaluation.outcomes import agreement
 from tokmerge.io.cache import Cache
 from tokmerge.privacy import attack
 from tokmerge.privacy.defence import Defence
@@ -96,6 +101,36 @@ def test_a_judge_that_is_never_right_is_refused(target, monkeypatch):
     monkeypatch.setattr(target, "hits", lambda images: torch.zeros(len(images)))
     with pytest.raises(ValueError, match="train it longer"):
         target.judge_accuracy()
+
+
+def test_a_dense_model_is_attacked_on_smaller_pictures(monkeypatch):
+    model, defence = build_dense(), Defence("merged", tokmerge.Threshold(0.5), precision="int8")
+    generator = torch.Generator().manual_seed(0)
+    shown, masks = torch.rand(40, 3, 32, 32, generator=generator), torch.rand(24, 32, 32, generator=generator) > 0.5
+    mean, std = attack.normalisation(model)
+    taken = (shown - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    test = Batch([str(i) for i in range(24)], taken[:24], torch.zeros(24, dtype=torch.long), masks)
+    inputs = SimpleNamespace(model=model, device="cpu", batch=lambda split, n: test)
+    monkeypatch.setattr(attack, "public_images", lambda *given: (taken[24:], None))
+    seen = []
+
+    def judge(images):
+        seen.append(tuple(images.shape))
+        return torch.where(masks[: len(images)], 1.0, -1.0)
+
+    said = ByRule(None)
+    monkeypatch.setattr(said, "forward", judge)
+    target = attack.classifier_target(inputs, "train", 16, 24, batch_size=8, judge=said, side=16)
+    found = target.attack("map", defence, split_layer=2, **TRAINING)
+    assert found.rebuilt.shape == target.originals.shape == (24, 3, 16, 16)
+    assert set(seen) == {(24, 3, 16, 16)}, "a judge takes what was rebuilt"
+    assert (found.table.hit == 1).all()
+    assert target.normalise(found.rebuilt).shape == (24, 3, 32, 32)
+    merged = tokmerge.patch(model, defence.policy, precision="int8", split_layer=2)
+    through = lambda sent: sent.with_x(wire.quantise(sent.x, "int8"))  # noqa: E731
+    maps, record = merged(target.normalise(attack.to_uint8(shown[:24]) / 255), through=through)
+    np.testing.assert_array_equal(found.table.bytes, record.payload_bytes)
+    np.testing.assert_allclose(found.table.server_hit, agreement(maps > 0, masks), atol=0.02)
 
 
 def test_a_tower_is_attacked_by_the_same_means():

@@ -11,11 +11,13 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms.functional import resize
 
 from tokmerge.data import image_sets
 from tokmerge.data.registry import load_images
 from tokmerge.data.scenes import PHOTO
 from tokmerge.evaluation.inputs import Inputs
+from tokmerge.evaluation.outcomes import agreement, decide
 from tokmerge.io import paths, store
 from tokmerge.io.cache import Cache
 from tokmerge.merging.matching import Policy
@@ -71,14 +73,19 @@ class Target:
     hits: Callable[[Tensor], Tensor]
     features: Callable[[Tensor], Tensor]  #: (B, C, H, W) normalised images to (B, d) features of the model
     batch_size: int  #: images at a time, outside training
-    #: (tokens, defence, split layer, seed) to (m,) right answers of the server and (m,) bytes; None: no server is asked
+    #: (tokens, defence, split layer, seed) to (m,) scores of the server and (m,) bytes; None: no server is asked
     serve: Callable[[Packed, Defence, int | None, int], tuple[Tensor, Tensor]] | None = None
+    side: int | None = None  #: pixels a side of what attackers rebuild; None for those of the images
     _tokens: dict[Any, tuple[Packed, ...]] = field(default_factory=dict)
 
     @property
     def originals(self) -> Tensor:
-        """(m, C, H, W) the test images in [0, 1]."""
-        return self.test.float() / 255
+        """(m, C, H, W) the test images in [0, 1], as large as what attackers rebuild."""
+        return self.reduce(self.test).float() / 255
+
+    def reduce(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 images as large as what attackers rebuild."""
+        return images if self.side is None else resize(images, [self.side] * 2)
 
     def judge_accuracy(self) -> float:
         """The judge's accuracy on the test images themselves; ValueError if it is 0: nothing is relative to that."""
@@ -88,7 +95,9 @@ class Target:
         return accuracy
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the model takes them, where it is."""
+        """Images in [0, 1] as the model takes them, of its own size, where it is."""
+        if images.shape[-2:] != self.test.shape[-2:]:
+            images = resize(images, list(self.test.shape[-2:]))
         return ((images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)).to(self.device)
 
     def tokens(self, defence: Defence, split_layer: int | None = None) -> tuple[Packed, ...]:
@@ -118,10 +127,12 @@ class Target:
         public, test = self.tokens(defence, split_layer)
         assert public.source is not None
         torch.manual_seed(seed)
-        shape: Any = tuple(self.test.shape[1:])
+        shape: Any = tuple(self.originals.shape[1:])
         attacker = decoder.Attacker(kind, public.x.shape[1], public.source.shape[1], self.prefix, shape, width)
         attacker.to("cuda" if torch.cuda.is_available() else "cpu")
-        curve = decoder.train_attacker(attacker, public, self.public, defence.receive, seed=seed, **training)
+        curve = decoder.train_attacker(
+            attacker, public, self.reduce(self.public), defence.receive, seed=seed, **training
+        )
         generator = torch.Generator().manual_seed(seed + 1)
         rebuilt = decoder.reconstruct(attacker, test, defence.receive, self.batch_size, generator)
         return Reconstruction(self.measure(rebuilt, test, defence, split_layer, seed), curve, rebuilt)
@@ -163,17 +174,18 @@ def normalisation(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def classifier_target(
     inputs: Inputs, public_source: str, n_public: int, n_test: int | None, batch_size: int, judge: nn.Module,
-    seed: int = 0,
+    seed: int = 0, side: int | None = None,
 ) -> Target:  # fmt: skip
-    """The classifier of notebook 10_inputs under attack, its public images drawn as in `public_images`.
+    """The model of notebook 10_inputs under attack, its public images drawn as in `public_images`.
 
     Args:
         inputs: what 10_inputs settled on.
         public_source, n_public: split of the same data that public images come from, and how many.
         n_test: the first of the test images; None for all.
         batch_size: images at a time, outside training.
-        judge: (B, C, H, W) in [0, 1] to class scores.
+        judge: (B, C, H, W) in [0, 1] to class scores, or to logits of maps.
         seed: of the draw.
+        side: as of `Target`.
     """
     model = inputs.model
     assert isinstance(model, timm.models.VisionTransformer)
@@ -188,18 +200,18 @@ def classifier_target(
     def answer(tokens: Packed, defence: Defence, split_layer: int | None, seed: int) -> tuple[Tensor, Tensor]:
         merged = patch(model, defence.policy, precision=defence.precision, split_layer=split_layer)
         logits, n_bytes = serve(merged, tokens, defence, batch_size, seed)
-        return logits.argmax(1) == test.labels, n_bytes
+        return agreement(decide(logits), test.truth), n_bytes
 
     def class_token(images: Tensor) -> Tensor:
         packed = plain.features(images)
         return packed.x[packed.layout.offsets]
 
     def hits(images: Tensor) -> Tensor:
-        return (classify(judge, images) == test.labels[: len(images)]).float()
+        return agreement(classify(judge, images), test.truth[: len(images)]).float()
 
     return Target(
         edge, mean, std, inputs.device, model.num_prefix_tokens, unnormalise(public, mean, std),
-        unnormalise(test.images, mean, std), test.labels, hits, class_token, batch_size, answer,
+        unnormalise(test.images, mean, std), test.labels, hits, class_token, batch_size, answer, side,
     )  # fmt: skip
 
 

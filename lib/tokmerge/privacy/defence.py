@@ -100,7 +100,7 @@ def receive_batches(
 def serve(
     merged: MergedClassifier, tokens: Packed, defence: Defence, batch_size: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """What the server makes of the tokens of n images (logits (n, classes)), and what they took (bytes (n,)).
+    """What the server makes of the tokens of n images (logits (n, ...)), and what they took (bytes (n,)).
 
     The model is patched with the defence's policy; the seed is the channel's.
     """
@@ -108,8 +108,11 @@ def serve(
     logits, sent = [], []
     with torch.inference_mode():
         for part in receive_batches(tokens, defence.receive, batch_size, generator, device):
-            sizes = merged.sent_sizes(part)
-            sent.append(wire.payload_bytes(part.lengths, part.x.shape[1], defence.precision, sizes).cpu())
-            # Which patch a token stands for does not travel.
-            logits.append(merged.serve(replace(part, source=None)).cpu())
+            assert part.source is not None
+            # Which patch a token stands for travels only to a server that needs it.
+            part = replace(part, source=part.source.long() if merged.sends_source else None)
+            sizes, source = merged.sent_sizes(part), merged.sent_source(part)
+            width, precision = part.x.shape[1], defence.precision
+            sent.append(wire.payload_bytes(part.lengths, width, precision, sizes, source=source).cpu())
+            logits.append(merged.serve(part).cpu())
     return torch.cat(logits), torch.cat(sent)

@@ -7,8 +7,9 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import Normalize
+from torchvision.transforms import Normalize, Resize
 
+from tokmerge.evaluation.outcomes import decide
 from tokmerge.models import zoo
 from tokmerge.models.training import adamw, train
 
@@ -61,14 +62,15 @@ def train_judge(
 
 
 def timm_judge(name: str, device: str | torch.device) -> nn.Module:
-    """A pretrained timm classifier of images in [0, 1], for data that it knows."""
+    """A pretrained model of images in [0, 1] of any size, for data that it knows."""
     model = zoo.load_model(name)
     config = resolve_model_data_config(model)
-    return nn.Sequential(Normalize(config["mean"], config["std"]), model).eval().to(device)
+    size = Resize(config["input_size"][1:])
+    return nn.Sequential(size, Normalize(config["mean"], config["std"]), model).eval().to(device)
 
 
 def classify(judge: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """(n,) predicted classes, on the CPU, of (n, C, H, W) images in [0, 1], which go where the judge lies."""
+    """What a judge says of (n, C, H, W) images in [0, 1], as `decide` gives it, on the CPU."""
     device = next(judge.parameters()).device
     with torch.inference_mode():
-        return torch.cat([judge(batch.to(device)).argmax(1).cpu() for batch in images.split(batch_size)])
+        return torch.cat([decide(judge(batch.to(device))).cpu() for batch in images.split(batch_size)])
