@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from tokmerge.evaluation import selection
+from tokmerge.io import store
 from tokmerge.merging.policies import Threshold
 from tokmerge.models.configuration import Configuration
 
@@ -17,6 +18,19 @@ TRIALS = table(
     method=["a"] * 4 + ["b"] * 2, seed=[0, 0, 0, 1, 0, 0], kl=[0.01, 0.02, 0.03, 0.5, 0.05, 0.01],
     macs_ratio=[0.6, 0.5, 0.2, 0.1, 0.3, 0.9], bytes_ratio=[0.5, 0.6, 0.7, 0.1, 0.2, 0.8],
 )  # fmt: skip
+
+
+def test_what_a_study_has_measured_is_known(tmp_path):
+    rows = pd.DataFrame({"method": ["a", "a", "b"], "seed": [0, 1, 0], "kl": [0.1, 0.2, 0.3]})
+    store.save_table(rows, tmp_path / "search.parquet")
+    store.save_json({"dataset": "photos", "n_search": 32}, tmp_path / "study.json")
+    known = selection.known_rows(str(tmp_path), {"dataset": "photos", "n_search": 32})
+    assert known("search", method="a", seed=1).kl.tolist() == [0.2]
+    assert known("search", method="b", seed=1) is None
+    assert known("select", method="a", seed=1) is None, "there is no such table yet"
+    with pytest.raises(ValueError, match="is of another study: its n_search is 32, not 64"):
+        selection.known_rows(str(tmp_path), {"dataset": "photos", "n_search": 64})
+    assert selection.known_rows(None, {"n_search": 64})("search", method="a") is None
 
 
 def test_every_run_sends_its_cheapest_of_each_limit_to_select():

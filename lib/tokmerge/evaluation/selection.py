@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from tokmerge.evaluation.objective import COSTS
+from tokmerge.io import paths, store
 from tokmerge.models.configuration import from_row
 
 RUN = ["method", "seed"]
@@ -23,6 +24,37 @@ RUN = ["method", "seed"]
 Z95 = 1.959964
 # For rounding: a loss of one image in two hundred is half a point.
 SLACK = 1e-9
+
+
+def known_rows(folder: str | None, facts: Mapping[str, Any]) -> Callable[..., pd.DataFrame | None]:
+    """Gives the rows of a study's tables that have such values, or None where there are none.
+
+    Args:
+        folder: of search.parquet, select.parquet where there is one, and study.json; None: nothing is known.
+        facts: what study.json has to say, so that the rows are of this study.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    tables: dict[str, pd.DataFrame] = {}
+    if folder:
+        where = paths.need(folder, made_by="35_images_study")
+        said = store.load_json(where / "study.json")
+        for name, value in facts.items():
+            if said[name] != value:
+                raise ValueError(f"{folder} is of another study: its {name} is {said[name]}, not {value}")
+        tables = {name: store.load_table(file) for name in ("search", "select")
+                  if (file := where / f"{name}.parquet").is_file()}  # fmt: skip
+
+    def rows(table: str, **values: Any) -> pd.DataFrame | None:
+        if table not in tables:
+            return None
+        found = tables[table]
+        for name, value in values.items():
+            found = found[found[name] == value]
+        return found if len(found) else None
+
+    return rows
 
 
 def shortlist(trials: pd.DataFrame, axis: str, limits: Sequence[float]) -> pd.DataFrame:

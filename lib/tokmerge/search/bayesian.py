@@ -72,8 +72,8 @@ class Settings:
     n_sobol: int = 10
     noise: str = "none"
     samples: int = 32
-    restarts: int = 4
-    raw_samples: int = 128
+    restarts: int = 2
+    raw_samples: int = 64
     max_failures: int = 5
     seed: int = 0
 
