@@ -113,7 +113,7 @@ def test_the_cache_after_pruning_gives_what_reading_everything_again_gives(image
     merged = llava.patch(model, None, pruning=Pruning(1, 0.25))
     one = torch.tensor([tiny.PROMPTS[1]])
     new, _ = merged.generate(one, images[1:2].double(), max_new_tokens=2)
-    prompts, _ = merged._prompts(one, images[1:2].double(), None)
+    prompts = language_model.Prompts.padded(merged._prompts(one, images[1:2].double(), None)[0])
     layers, norm = model.model.language_model.layers, model.model.language_model.norm
     x, positions, visual = prompts.x[0], prompts.positions[0].tolist(), prompts.visual[0].tolist()
     first, last = plain_layer(layers[0], x, positions, [0.0] * len(x))

@@ -84,6 +84,30 @@ def test_generation_with_moved_positions_is_repeated_forward(images):
         prompt.append(token)
 
 
+@pytest.mark.parametrize("options", [{}, {"positions": "first", "weights": "size"}, {"output_policy": Threshold(0.5)},
+                                     {"pruning": Pruning(1, 0.5)}], ids=str)  # fmt: skip
+def test_what_questions_have_alike_is_read_once(options, images):
+    model = tiny.llava()
+    merged = adaptive(model, images, **options)
+    asked = [[1, 7, tiny.IMAGE_TOKEN, *question] for question in ([9, 4], [9, 4, 8, 5], [6], [11, 13, 12], [8, 8])]
+    (ids, mask), alike = tiny.padded(asked), torch.tensor([7, 7, 3, 7, 3])
+    seen, read = merged.encode_images(images[:2]).pick(torch.tensor([0, 0, 1, 0, 1])), []
+    model.model.language_model.layers[0].register_forward_hook(
+        lambda _, given, out: read.append(given[0][..., 0].numel())
+    )
+    one_by_one, each = merged.generate(ids, seen, mask, max_new_tokens=6)
+    without, read[:] = sum(read), []
+    shared, record = merged.generate(ids, seen, mask, max_new_tokens=6, alike=alike)
+    assert shared.tolist() == one_by_one.tolist()
+    torch.testing.assert_close(record.scores, each.scores, atol=1e-4, rtol=0)
+    assert torch.equal(record.macs, each.macs), "each is charged for a look of its own"
+    assert (sum(read) == without) == ("pruning" in options)
+    if "pruning" not in options:
+        assert sum(read) < 0.75 * without
+        with pytest.raises(ValueError, match="prompts 1 and 2 are not alike up to the end of their image"):
+            merged.generate(ids, seen, mask, max_new_tokens=6, alike=torch.tensor([0, 1, 1, 0, 2]))
+
+
 def test_placeholders_may_be_expanded_and_padded_on_either_side(images):
     merged = adaptive(tiny.llava(), images)
     expected = merged(IDS, images, MASK)[0]

@@ -131,7 +131,7 @@ def answer_batches(
     for questions, pixels, rows, prompts in batches:
         seen = merged.encode_images(pixels.to(device)).pick(rows.to(device))
         ids, mask = prompts["input_ids"].to(device), prompts["attention_mask"].to(device)
-        new, record = merged.generate(ids, seen, mask, max_new_tokens, **GREEDY)
+        new, record = merged.generate(ids, seen, mask, max_new_tokens, alike=rows, **GREEDY)
         yield tabulate(processor, questions, new, record, normalised), record
 
 

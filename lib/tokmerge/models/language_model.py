@@ -8,13 +8,17 @@ A language model that compares and counts needs that; one that looks for things 
 last prompt token attends to most are kept, for the remaining layers and for their cache.
 
 Without either this is the model's own greedy generation. Only layers, norm, rotary embedding and head are called.
+
+Prompts that begin alike, as questions about one image do, may have their beginning read once (`read_beginnings`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokmerge.io.extras import extra
 
@@ -28,11 +32,19 @@ from tokmerge.models.configuration import Pruning
 class Prompts:
     """B left-padded prompts."""
 
-    x: Tensor  #: (B, S, D) embeddings, hidden states later on
+    x: Tensor  #: (B, S, D) embeddings, hidden states later on; of the last places only where others have been read
     there: Tensor  #: (B, S) bool, False where padded
     positions: Tensor  #: (B, S) int64
     visual: Tensor  #: (B, S) bool, which are the image's tokens
     weight: Tensor  #: (B, S) log of the patches each counts for
+
+    @classmethod
+    def padded(cls, rows: Sequence[Sequence[Tensor]]) -> "Prompts":
+        """Of each prompt its embeddings (S, D), positions (S,), which are visual (S,) and weights (S,)."""
+        x, positions, visual, weight = zip(*rows, strict=True)
+        there = [torch.ones_like(row, dtype=torch.bool) for row in positions]
+        columns = (x, there, positions, visual, weight)
+        return cls(*(pad_sequence(list(part), batch_first=True, padding_side="left") for part in columns))
 
     def bias(self, queries: int) -> Tensor:
         """(B, 1, queries, S) what is added to the attention scores of the last positions."""
@@ -59,11 +71,11 @@ class Prompts:
 def read(model: Any, prompts: Prompts, pruning: Pruning | None = None, cache: DynamicCache | None = None) -> Prompts:
     """A LLaVA's language model on prompts: their last hidden states, without the pruned visual tokens.
 
-    The cache gets the keys and values of every layer.
+    The cache gets the keys and values of every layer; it has those of the places that ``prompts.x`` leaves out.
     """
-    window = getattr(model.config.text_config, "sliding_window", None)
-    if window and prompts.x.shape[1] > window:
-        raise ValueError(f"a prompt of {prompts.x.shape[1]} tokens exceeds the sliding window of {window}")
+    window, n = getattr(model.config.text_config, "sliding_window", None), prompts.there.shape[1]
+    if window and n > window:
+        raise ValueError(f"a prompt of {n} tokens exceeds the sliding window of {window}")
     cache = DynamicCache() if cache is None else cache
     before = prompts
     for index in range(len(model.model.language_model.layers)):
@@ -73,14 +85,36 @@ def read(model: Any, prompts: Prompts, pruning: Pruning | None = None, cache: Dy
     return replace(prompts, x=model.model.language_model.norm(prompts.x))
 
 
+def read_beginnings(model: Any, beginnings: Prompts, rest: Prompts, owner: Tensor) -> tuple[Prompts, DynamicCache]:
+    """Read what prompts begin with, once for all that share it.
+
+    Args:
+        model: the LLaVA.
+        beginnings: n of them.
+        rest: what follows, of B prompts.
+        owner: (B,) int64, the beginning of each.
+
+    Returns:
+        The B prompts, of which ``rest.x`` is still to be read, and the cache for that.
+    """
+    cache = DynamicCache()
+    read(model, beginnings, cache=cache)
+    cache.batch_select_indices(owner)
+    names = ("there", "positions", "visual", "weight")
+    return Prompts(
+        rest.x, *(torch.cat([getattr(beginnings, name)[owner], getattr(rest, name)], 1) for name in names)
+    ), cache
+
+
 def generate_answers(
-    model: Any, prompts: Prompts, max_new_tokens: int, pruning: Pruning | None = None
-) -> tuple[Tensor, Tensor]:
+    model: Any, prompts: Prompts, max_new_tokens: int, pruning: Pruning | None = None,
+    cache: DynamicCache | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Greedy answers: (B, longest) int64 new tokens, padded after the end of text; (B, vocabulary) scores of the first.
 
     Arguments as in `read`; ``max_new_tokens`` is the longest answer.
     """
-    cache, layers = DynamicCache(), model.model.language_model.layers
+    cache, layers = cache or DynamicCache(), model.model.language_model.layers
     left = read(model, prompts, pruning, cache)
     first = scores = model.lm_head(left.x[:, -1])
     # Layers before the pruning go on with all tokens, those after it with what is left.

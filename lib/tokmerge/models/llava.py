@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from tokmerge import wire
 from tokmerge.io.extras import extra
@@ -117,19 +116,22 @@ class MergedLlava(MergedModel):
             RuntimeError: the model is in training mode, or a hook would be ignored.
             ValueError: placeholders that are not those of the images; images of the wrong shape.
         """
-        prompts, record = self._prompts(input_ids, pixel_values, attention_mask)
-        left = language_model.read(self.model, prompts, self.pruning)
+        rows, _, record = self._prompts(input_ids, pixel_values, attention_mask)
+        left = language_model.read(self.model, Prompts.padded(rows), self.pruning)
         return self.model.lm_head(left.x[:, -logits_to_keep:]), record
 
     def generate(
         self, input_ids: Tensor, pixel_values: Tensor | VisualTokens | None = None,
-        attention_mask: Tensor | None = None, max_new_tokens: int = 16, use_cache: bool = True, **greedy: Any,
+        attention_mask: Tensor | None = None, max_new_tokens: int = 16, use_cache: bool = True,
+        alike: Tensor | None = None, **greedy: Any,
     ) -> tuple[Tensor, LlavaRecord]:  # fmt: skip
         """Answer greedily: (B, longest answer) int64 new tokens, padded after the end of text, and the record.
 
         Arguments and errors as of `forward`. Without a mask, padding is found by the model's pad_token_id, as
         transformers does. A prompt must not end with an image unless positions are consecutive. ``use_cache`` changes
         nothing; ``greedy`` are options in `GREEDY`, which say so where the model's generation_config asks for more.
+        ``alike``, (B,): prompts of the same number have the same image and the same text up to its end, which is read
+        once, to the same answers within rounding (of pruned ones it is read for each: the question says what goes).
         """
         self._check_greedy(greedy)
         if max_new_tokens < 1:
@@ -137,16 +139,33 @@ class MergedLlava(MergedModel):
         pad = self.model.generation_config.pad_token_id
         if attention_mask is None and pad is not None and pad not in self._ends(input_ids.device).tolist():
             attention_mask = (input_ids != pad).long()
-        prompts, record = self._prompts(input_ids, pixel_values, attention_mask)
-        if self.positions == "first" and (ends := prompts.visual[:, -1]).any():
+        rows, after, record = self._prompts(input_ids, pixel_values, attention_mask)
+        last = [row for row, (end, columns) in enumerate(zip(after, rows, strict=True)) if end == len(columns[0])]
+        if self.positions == "first" and last:
             # Generation counts on from the last position, which here need not be the image's end.
-            row = int(ends.int().argmax())
-            raise ValueError(f"prompt {row} ends with the image: positions='first' needs text after it")
-        new, scores = language_model.generate_answers(self.model, prompts, max_new_tokens, self.pruning)
+            raise ValueError(f"prompt {last[0]} ends with the image: positions='first' needs text after it")
+        prompts, cache = Prompts.padded(rows), None
+        if alike is not None and self.pruning is None and not last and all(after):
+            prompts, cache = self._read_alike(rows, after, alike)
+        new, scores = language_model.generate_answers(self.model, prompts, max_new_tokens, self.pruning, cache)
         ends = torch.isin(new, self._ends(new.device))
         generated = ((ends.cumsum(1) - ends.long()) == 0).sum(1)
         decode_macs = self.cost.decode(record.prompt, record.left, self._pruned, generated)
         return new, replace(record, generated=generated, decode_macs=decode_macs, scores=scores)
+
+    def _read_alike(self, rows: list[list[Tensor]], after: list[int], alike: Tensor) -> tuple[Prompts, Any]:
+        """The prompts, and a cache of what they have up to the end of their images, read once where it is alike."""
+        parts = [[part.tensor_split([end]) for part in row] for row, end in zip(rows, after, strict=True)]
+        begins, rest = ([[both[at] for both in row] for row in parts] for at in (0, 1))
+        firsts: dict[int, int] = {}
+        for row, number in enumerate(alike.tolist()):
+            first = firsts.setdefault(number, row)
+            if not torch.equal(begins[row][0], begins[first][0]):
+                raise ValueError(f"prompts {first} and {row} are not alike up to the end of their image")
+        places = {number: place for place, number in enumerate(firsts)}
+        owner = torch.tensor([places[number] for number in alike.tolist()], device=self.model.device)
+        some = Prompts.padded([begins[row] for row in firsts.values()])
+        return language_model.read_beginnings(self.model, some, Prompts.padded(rest), owner)
 
     def _ends(self, device: torch.device) -> Tensor:
         """Tokens that end an answer."""
@@ -169,8 +188,8 @@ class MergedLlava(MergedModel):
 
     def _prompts(
         self, input_ids: Tensor, pixel_values: Tensor | VisualTokens | None, attention_mask: Tensor | None
-    ) -> tuple[Prompts, LlavaRecord]:
-        """What the language model reads, and the record."""
+    ) -> tuple[list[list[Tensor]], list[int], LlavaRecord]:
+        """Rows of `Prompts.padded`, the place of each after its last image (0 without one), and the record."""
         self.check_ready()
         if pixel_values is None:
             pixel_values = torch.empty(0, *self.tower.image_shape, dtype=self.model.dtype, device=input_ids.device)
@@ -183,7 +202,7 @@ class MergedLlava(MergedModel):
             form = f"an image is a single placeholder, or {self.tower.n_features} in a row"
             raise ValueError(f"the prompts have placeholders for {len(owner)} images, {len(sent)} are given: {form}")
         images, embed = self._image_parts(sent), self.model.get_input_embeddings()
-        rows = []
+        rows, ends = list[list[Tensor]](), list[int]()
         for ids, own in zip(prompts, spans, strict=True):
             parts: list[tuple[Tensor, ...]] = []
             at = position = 0
@@ -197,15 +216,13 @@ class MergedLlava(MergedModel):
                     parts.append((x, position + numbers, torch.ones_like(numbers, dtype=torch.bool), weight))
                     position += taken
             rows.append([torch.cat(column) for column in zip(*parts, strict=True)])
-        embeds, positions, is_visual, weights = zip(*rows, strict=True)
-        there = [torch.ones_like(row, dtype=torch.bool) for row in positions]
-        columns = (embeds, there, positions, is_visual, weights)
-        padded = Prompts(*(pad_sequence(list(part), batch_first=True, padding_side="left") for part in columns))
-        prompt, n = padded.there.sum(1), padded.visual.sum(1)
+            ends.append(len(rows[-1][0]) - len(parts[-1][0]))
+        prompt = torch.tensor([len(row[0]) for row in rows], device=input_ids.device)
+        n = torch.stack([row[2].sum() for row in rows])
         left = prompt if self.pruning is None else prompt - n + self.pruning.left(n)
         owners, zeros = torch.tensor(owner, dtype=torch.int64, device=prompt.device), torch.zeros_like(prompt)
         prefill_macs = self.cost.prefill(prompt, left, self._pruned)
-        return padded, LlavaRecord(sent, owners, prompt, left, zeros, prefill_macs, zeros)
+        return rows, ends, LlavaRecord(sent, owners, prompt, left, zeros, prefill_macs, zeros)
 
     def _image_parts(self, sent: VisualTokens) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """Of every image its tokens as the language model reads them, places, weights, and places that it takes up."""
