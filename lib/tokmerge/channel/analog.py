@@ -218,8 +218,8 @@ def train_codec(codec: LearnedCodec, sets: Sequence[SentTokens], steps: int, see
         drawn = torch.randn(symbols.shape, dtype=symbols.dtype, generator=generator)
         out = codec.decode(symbols + noise.sqrt()[:, None] * drawn, noise)
         with torch.no_grad():
-            whole = server.merged.serve(tokens).log_softmax(1)
-        got = server.merged.serve(from_features(out, tokens.layout, weight, server.patches)).log_softmax(1)
+            whole = server.serve(tokens).log_softmax(1)
+        got = server.serve(from_features(out, tokens.layout, weight, server.patches)).log_softmax(1)
         divergence = F.kl_div(got, whole, log_target=True, reduction="batchmean")
         return divergence + ((out - given) / codec.scale).square().mean()
 

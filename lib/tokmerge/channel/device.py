@@ -27,7 +27,8 @@ class Reply(NamedTuple):
 @torch.inference_mode()
 def payloads(merged: MergedClassifier, images: Tensor, chunk_tokens: int = LINK_CHUNK) -> list[bytes]:
     """What the device sends for (B, C, H, W) images: the first blocks run, and their tokens become bytes."""
-    return encode_payloads(merged, merged.edge(images), chunk_tokens)
+    sent = merged.edge(images.to(next(merged.parameters()).device))
+    return encode_payloads(merged, sent.to("cpu"), chunk_tokens)
 
 
 async def request_answers(

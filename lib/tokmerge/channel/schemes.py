@@ -169,10 +169,12 @@ def send_files(model: Any, images: ImageSet, format: str, quality: int) -> SentF
         payload = image_codecs.compress(example.image, format, quality)
         n_bytes.append(image_codecs.scan_bytes(payload) if format == "jpeg" else len(payload))
         seen.append(prepare(image_codecs.decompress(payload, example.image.mode)))
-    parts = [merged(part) for part in torch.stack(seen).split(64)]
-    answers, macs = map(torch.cat, zip(*((decide(logits), record.macs) for logits, record in parts), strict=True))
-    blank = decide(merged(torch.zeros_like(seen[0])[None])[0])[0]
-    return SentFiles(torch.zeros_like(macs), macs, torch.tensor(n_bytes), answers, blank)
+    device, blank = next(merged.parameters()).device, torch.zeros_like(seen[0])
+    parts = [merged(part.to(device)) for part in torch.stack([*seen, blank]).split(64)]
+    answers, macs = (torch.cat(column).cpu() for column in zip(
+        *((decide(logits), record.macs) for logits, record in parts), strict=True))  # fmt: skip
+    macs = macs[:-1]
+    return SentFiles(torch.zeros_like(macs), macs, torch.tensor(n_bytes), answers[:-1], answers[-1])
 
 
 def file_members(

@@ -80,7 +80,11 @@ class Responder:
 
     def classify(self, tokens: Packed, received: Tensor, how: str = "drop") -> Tensor:
         """(B, classes) scores or (B, H, W) maps of the tokens that (T,) arrived; ``how`` as of `conceal`."""
-        return self.merged.serve(conceal(tokens, received, self.prototype, self.patches, how))
+        return self.serve(conceal(tokens, received, self.prototype, self.patches, how))
+
+    def serve(self, tokens: Packed) -> Tensor:
+        """(B, classes) scores or (B, H, W) maps, computed where the model lies, of and to the CPU."""
+        return self.merged.serve(tokens.to(next(self.merged.parameters()).device)).cpu()
 
     @torch.inference_mode()
     def answer(self, payloads: list[bytes]) -> list[Tensor | Exception]:

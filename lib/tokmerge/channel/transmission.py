@@ -154,7 +154,7 @@ class SentTokens(SentPayloads):
     def answers(self) -> Tensor:
         """(B, ...) what the server answers if nothing is lost, see `tokmerge.evaluation.outcomes.decide`."""
         parts = torch.arange(len(self.macs)).split(64)
-        return torch.cat([decide(self.server.merged.serve(self.tokens.images(part))) for part in parts])
+        return torch.cat([decide(self.server.serve(self.tokens.images(part))) for part in parts])
 
     @cached_property
     @torch.inference_mode()
@@ -199,11 +199,13 @@ def send_image_tokens(
     parts: list[Packed] = []
 
     def keep(tokens: Packed) -> Packed:
-        parts.append(tokens)
+        # The channel is the CPU's.
+        parts.append(tokens.to("cpu"))
         return tokens
 
-    records = [merged(some, through=keep)[1] for some in images.split(64)]
-    edge_macs, macs = (torch.cat([getattr(record, name) for record in records]) for name in ("edge_macs", "macs"))
+    device = next(merged.parameters()).device
+    records = [merged(some.to(device), through=keep)[1] for some in images.split(64)]
+    edge_macs, macs = (torch.cat([getattr(record, name) for record in records]).cpu() for name in ("edge_macs", "macs"))
     tokens = join(parts)
     prototype = protected_means(tokens, merged.protected) if prototype is None else prototype
     sent = {}

@@ -162,7 +162,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same tokens on another device."""
-        parts = (None if part is None else part.to(device) for part in (self.sizes, self.source, self.place))
+        tensors = (self.sizes, self.source, self.place, self.detail)
+        parts = (None if part is None else part.to(device) for part in tensors)
         return Packed(self.x.to(device), Layout(self.lengths.to(device)), *parts)
 
 
