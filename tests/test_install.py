@@ -44,6 +44,22 @@ def pins():
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
+def test_a_public_host_runs_what_everyone_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    (kept,) = (step["with"]["key"] for step in job["steps"] if "cache" in step.get("uses", ""))
+    assert [name for name in re.findall(r"hashFiles\('(.+?)'\)", kept) if (ROOT / name).is_file()] == [
+        "requirements.lock"
+    ]
+
+
+def test_one_version_is_released():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert PROJECT["version"] == cited
+
+
 @pytest.mark.parametrize("machine", [("x86_64", "linux"), ("aarch64", "linux"), ("arm64", "darwin")], ids="-".join)
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_every_dependency_is_pinned_within_its_range(machine, python):
