@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: help setup repro verify site test test-browser fuzz lab bench scale studies lint lock audit clean
+.PHONY: help setup repro verify site test test-browser test-gpu fuzz lab bench scale studies lint lock audit clean
 
 help:
 	@echo "make repro         rebuild every result and figure (PROFILE=smoke: minutes, PROFILE=paper: docs/paper_profile.md)"
@@ -21,6 +21,7 @@ help:
 	@echo "make site          a static site from executed notebooks, figures and docstrings: results/site/index.html"
 	@echo "make test          lint, types, unit tests, every notebook with its smoke values"
 	@echo "make test-browser  the site and JupyterLab in a headless Chromium"
+	@echo "make test-gpu      engine, LLaVA, channel and attackers on a GPU against the CPU"
 	@echo "make fuzz          decode 126,000 damaged payloads (minutes)"
 	@echo "make setup         .venv from requirements.lock (the other commands do it on first use)"
 	@echo "make lab           JupyterLab with the right kernel"
@@ -82,6 +83,10 @@ lint: $(READY)
 	ruff format --check lib tests
 	mypy
 	nbstripout --verify notebooks/*.ipynb
+
+# Skipped, with a word, where there is no GPU.
+test-gpu: $(READY)
+	pytest tests/gpu -rs
 
 # Damaged payloads of every kind: 42,000 for each of the three tests that make them.
 fuzz: $(READY)

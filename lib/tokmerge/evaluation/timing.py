@@ -43,11 +43,19 @@ def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int) -> pd.Dat
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
+            _wait()
             start = time.perf_counter()
             function()
+            _wait()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return pd.DataFrame(seconds)
+
+
+def _wait() -> None:
+    """Until a GPU, if there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def median_ratio(seconds: pd.DataFrame, numerator: str, denominator: str) -> float:
@@ -176,11 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
     rounds = parser.parse_args().rounds
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     shipped = zoo.load_model(zoo.FASHION_VIT)
     photos = image_sets.tensors(load_images("sample"), zoo.transform(shipped))
     models = {zoo.FASHION_VIT: (shipped, photos, 1), "deit_small": (*deit_small(photos.images[:32]), 4)}
     tables = {}
     for name, (model, images, slower) in models.items():
+        model, images = model.to(device), images._replace(images=images.images.to(device))
         calibration = calibrate(model, image_sets.split_batch(images, 32))
         shares = {f"u = {share:g}": [share] * len(calibration.quantiles) for share in SHARES}
         merging = {key: policies.Threshold(calibration.thresholds(share)) for key, share in shares.items()}
