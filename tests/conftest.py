@@ -124,9 +124,10 @@ def save_vqav2(folder, rows, photos, splits=(("val2014", "val2014"),)):
     return folder
 
 
-def hub_folder(folder, splits, size=(28, 28), classes=10):
+def hub_folder(folder, splits, size=(28, 28), classes=10, names=None):
     """A local data set with the hub's columns, one parquet file per split."""
-    label, rng = datasets.ClassLabel(names=[f"class {i}" for i in range(classes)]), np.random.default_rng(1)
+    names = names or [f"class {i}" for i in range(classes)]
+    label, rng, classes = datasets.ClassLabel(names=names), np.random.default_rng(1), len(names)
     photos = {}
     (folder / "data").mkdir(parents=True)
     for split, n in splits.items():

@@ -32,7 +32,7 @@ VISION_MEMORY, LANGUAGE_MEMORY = 8.0, 22.0
 LOCAL_DATA = ("imagefolder", "vqav2")
 # Parameters that name a model.
 MODEL_KEY = re.compile(r"^(model|models|llava|judge)$|_(name|names|model|models)$|_llava$")
-HUB_DATA = {"imagenet-1k": "ILSVRC/imagenet-1k", "vqav2-hub": "lmms-lab/VQAv2"}
+HUB_DATA = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette": "frgfm/imagenette", "vqav2-hub": "lmms-lab/VQAv2"}
 
 
 @dataclass

@@ -164,6 +164,38 @@ def test_hub_labels_come_without_images_and_the_stream_resumes(tmp_path, monkeyp
     assert [(e.id, e.label) for e in part.examples(1)] == [(images.ids[2], 2), (images.ids[6], 2)]
 
 
+def test_imagenette_has_imagenets_labels_even_where_a_script_made_it(tmp_path, monkeypatch):
+    names = ["parachute", *(name for name in imagenet.IMAGENETTE if name != "parachute")]
+    hub_folder(tmp_path / "nette", {"validation": 12}, size=(20, 30), names=names)
+    images = load_images("imagenette", "validation", path=tmp_path / "nette")
+    expected = [imagenet.IMAGENETTE[name] for name in [*names, *names[:2]]]
+    assert images.labels.tolist() == [example.label for example in images.examples()] == expected
+    assert len(images.classes) == 1000
+    assert (images.classes[701], images.classes[574], images.name) == (
+        "parachute",
+        "golf ball",
+        "Imagenette from nette",
+    )
+    real, asked = datasets.load_dataset, []
+
+    def refuses_scripts(path, config, revision=None, **given):
+        asked.append((path, config, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found imagenette.py")
+        given |= {"revision": None, "name": None}
+        return real(str(tmp_path / "nette"), **given)
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, **given: refuses_scripts(path, given.pop("name"), **given)
+    )
+    assert imagenet.imagenette_hub().labels.tolist() == expected
+    assert asked[1:] == [("frgfm/imagenette", "320px", "refs/convert/parquet")] * 2
+    monkeypatch.undo()
+    hub_folder(tmp_path / "other", {"validation": 4})
+    with pytest.raises(DataError, match=r"has classes class 0, class 1, class 2, ...: not Imagenette's"):
+        imagenet.imagenette_hub("validation", str(tmp_path / "other"))
+
+
 def test_hub_errors_say_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"HF_TOKEN"):
         imagenet.imagenet_hub("validation", str(tmp_path / "nothing"))

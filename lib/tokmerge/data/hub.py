@@ -9,23 +9,31 @@ Row = dict[str, Any]
 
 
 def open_hub(
-    name: str, split: str, columns: list[str], check: Callable[[Row], None], remedy: str
+    name: str, split: str, columns: list[str], check: Callable[[Row], None], remedy: str, config: str | None = None
 ) -> tuple[Row, list[Row], Callable[[int], Iterator[Row]]]:
     """The features, all rows of some columns, and a stream of whole rows, whose images are still encoded.
 
-    ``check`` raises if the features (by column) are not those needed.
+    ``check`` raises if the features (by column) are not those needed; ``config`` is of sets that have several. A set
+    whose files a script of its own makes, which is not run, comes from the copy that the hub keeps of it in parquet.
 
     Raises:
         DataError: no access, no such data (the message ends with the remedy), or a wrong schema.
     """
     import datasets
 
+    given: dict[str, Any] = {"name": config, "split": split, "streaming": True}
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
+        try:
+            rows = datasets.load_dataset(name, **given)
+        except RuntimeError as error:
+            if "script" not in str(error):
+                raise
+            given["revision"] = "refs/convert/parquet"
+            rows = datasets.load_dataset(name, **given)
         features = dict(rows.features or {})
         check(features)
         # Named to the parquet reader, so that the images (6.7 GB in ImageNet's validation split) stay where they are.
-        light = list(datasets.load_dataset(name, split=split, streaming=True, columns=columns))
+        light = list(datasets.load_dataset(name, **given, columns=columns))
     except DataError:
         raise
     except Exception as error:

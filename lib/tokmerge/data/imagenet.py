@@ -2,16 +2,23 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from tokmerge.data.hub import open_hub
 from tokmerge.data.image_sets import DataError, Example, ImageSet, open_rgb
 
-IMAGENET_HUB = "ILSVRC/imagenet-1k"
+IMAGENET_HUB, IMAGENETTE_HUB = "ILSVRC/imagenet-1k", "frgfm/imagenette"
+# Its classes, and what they are among ImageNet's.
+IMAGENETTE = {
+    "tench": 0, "English springer": 217, "cassette player": 482, "chain saw": 491, "church": 497, "French horn": 566,
+    "garbage truck": 569, "gas pump": 571, "golf ball": 574, "parachute": 701,
+}  # fmt: skip
 
 
 def image_folder(path: str | Path, split: str = "val") -> ImageSet:
@@ -75,6 +82,37 @@ def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSe
         "ImageNet needs its licence accepted at huggingface.co/datasets/ILSVRC/imagenet-1k and a token "
         "(`hf auth login` or HF_TOKEN); without network give a local folder as path."
     )
+    return _stream(split, name, "ImageNet-1k" if name == IMAGENET_HUB else f"hub data {Path(name).name}", remedy)
+
+
+def imagenette_hub(split: str = "validation", name: str = IMAGENETTE_HUB) -> ImageSet:
+    """Imagenette (ten of ImageNet's classes, fast.ai), streamed from the hub or from a local folder of parquet.
+
+    Labels are those of ImageNet's 1,000 classes, so that a model of these is right or wrong as on ImageNet.
+
+    Raises:
+        DataError: as of `imagenet_hub`; also other classes than Imagenette's.
+    """
+    info = ImageNetInfo("imagenet-1k")
+    classes = tuple(info.index_to_description(index).split(",")[0] for index in range(info.num_classes()))
+    remedy = "Imagenette is open to all: is there a network? Without one give a local folder as path."
+    config = "320px" if name == IMAGENETTE_HUB else None
+    title = "Imagenette" if name == IMAGENETTE_HUB else f"Imagenette from {Path(name).name}"
+    images = _stream(split, name, title, remedy, config)
+    if set(images.classes) != set(IMAGENETTE):
+        raise DataError(f"data set {name} has classes {', '.join(images.classes[:3])}, ...: not Imagenette's")
+    index = np.array([IMAGENETTE[name] for name in images.classes])
+
+    def stream(start: int) -> Iterator[Example]:
+        assert images.stream is not None
+        for example in images.stream(start):
+            yield example._replace(label=int(index[example.label]))
+
+    return replace(images, classes=classes, labels=index[images.labels], stream=stream)
+
+
+def _stream(split: str, name: str, title: str, remedy: str, config: str | None = None) -> ImageSet:
+    """A data set of the hub with columns image and label; arguments as of `tokmerge.data.hub.open_hub`."""
 
     def check(features: dict[str, Any]) -> None:
         if "image" not in features or not hasattr(features.get("label"), "names"):
@@ -82,7 +120,7 @@ def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSe
                 f"data set {name}: columns image and label (a ClassLabel) are needed, it has {list(features)}"
             )
 
-    features, light, rows = open_hub(name, split, ["label"], check, remedy)
+    features, light, rows = open_hub(name, split, ["label"], check, remedy, config)
     labels = np.array([row["label"] for row in light])
     ids = [f"{split}-{index:08d}" for index in range(len(labels))]
 
@@ -90,5 +128,4 @@ def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSe
         for identifier, row in zip(ids[start:], rows(start), strict=True):
             yield Example(identifier, open_rgb(io.BytesIO(row["image"]["bytes"]), identifier), int(row["label"]))
 
-    title = "ImageNet-1k" if name == IMAGENET_HUB else f"hub data {Path(name).name}"
     return ImageSet(title, split, tuple(features["label"].names), ids, labels, stream)

@@ -5,10 +5,17 @@ from pathlib import Path
 from tokmerge.data import fashion_mnist, photos, scenes, vqav2
 from tokmerge.data.easy_vqa import load_easy_vqa
 from tokmerge.data.image_sets import DataError, ImageSet
-from tokmerge.data.imagenet import IMAGENET_HUB, image_folder, imagenet_hub, picture_folder
+from tokmerge.data.imagenet import (
+    IMAGENET_HUB,
+    IMAGENETTE_HUB,
+    image_folder,
+    imagenet_hub,
+    imagenette_hub,
+    picture_folder,
+)
 from tokmerge.data.questions import QuestionSet
 
-IMAGE_SOURCES = ("sample", "fashion-mnist", "photos", "imagefolder", "folder", "imagenet-1k")
+IMAGE_SOURCES = ("sample", "fashion-mnist", "photos", "imagefolder", "folder", "imagenette", "imagenet-1k")
 QUESTION_SOURCES = ("scenes", "easy-vqa", "vqav2", "vqav2-hub")
 
 
@@ -21,7 +28,7 @@ def load_images(
         source: one of `IMAGE_SOURCES`.
         split: "train" or "test" (sample, fashion-mnist), one of `tokmerge.data.image_sets.SPLITS` (photos); a label
             for imagefolder and folder; the hub's split name.
-        path: where it lies; required for imagefolder and folder, optional for fashion-mnist, photos and imagenet-1k.
+        path: where it lies; required for imagefolder and folder, optional for the others.
         data_dir: where a fetched copy is kept.
 
     Raises:
@@ -37,6 +44,8 @@ def load_images(
         return picture_folder(_given(path, source, "a folder with pictures"), split)
     if source == "imagefolder":
         return image_folder(_given(path, source, "a folder with one folder of images per class"), split)
+    if source == "imagenette":
+        return imagenette_hub(split, str(path or IMAGENETTE_HUB))
     if source == "imagenet-1k":
         return imagenet_hub(split, str(path or IMAGENET_HUB))
     raise DataError(f"unknown data set {source!r}: use one of {', '.join(IMAGE_SOURCES)}")
