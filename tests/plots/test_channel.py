@@ -1,6 +1,6 @@
 import matplotlib.pyplot as plt
 import pandas as pd
-from tokmerge.plots.channel import draw_link, draw_sweeps, draw_trace
+from tokmerge.plots.channel import draw_channel, draw_link, draw_sweeps, draw_trace
 
 LINK = pd.DataFrame(
     [(snr, family, 0.5, 0.1) for family in ("unmerged", "adaptive") for snr in (5.0, -5.0)],
@@ -14,6 +14,16 @@ def test_a_link_figure_has_a_line_and_a_band_per_family():
     assert [line.get_label() for line in ax.lines] == ["unmerged", "adaptive"]
     assert list(ax.lines[0].get_xdata()) == [-5.0, 5.0]
     assert len(ax.collections) == 2
+
+
+def test_the_titles_of_the_channel_say_what_it_gains():
+    trace = pd.DataFrame({"kind": ["policy", "fixed"], "choice": ["adaptive", "a"], "score": 0.9, "latency_s": 0.1})
+    facts = {"dataset": "photos", "n_images": 1000, "uses": 3200, "gains": {"adaptive": {"db": 7.25}},
+             "gain_over_cut_off": {"db": 1.5}, "policy_gains_pp": {"adaptive": [0.42, 0.1]}}  # fmt: skip
+    left, right = (ax.get_title(loc="left") + ax.get_title() for ax in draw_channel(LINK, trace, facts).axes)
+    assert left.startswith("photos, 1,000 test images, 3,200 channel uses each:")
+    assert "needs 7.2 dB less than unmerged, 1.5 less than cut off" in left
+    assert "+0.4 points over the best fixed choice" in right
 
 
 def test_sweeps_have_a_panel_each():

@@ -11,6 +11,7 @@ from tokmerge.plots.images import (
     draw_similarity,
     draw_splits,
     draw_sweep,
+    draw_tradeoffs,
 )
 
 
@@ -19,7 +20,11 @@ def test_draw_adaptivity_compares_tenths_of_confidence():
     mine = pd.DataFrame({"macs": 60 - 40 * unmerged.confidence, "score": 1.0})
     fixed = pd.DataFrame({"macs": 40.0, "score": [0.0] * 10 + [1.0] * 190})
     _, axes = plt.subplots(1, 3)
-    draw_adaptivity(axes, mine, fixed, unmerged)
+    draw_adaptivity(axes, mine, fixed, unmerged, "200 photos")
+    low, high = (mine.macs / 100).quantile([0.1, 0.9])
+    assert axes[0].get_title(loc="left") + axes[0].get_title() == (
+        f"200 photos: four of five take {low:.2f} to {high:.2f} of the MACs"
+    )
     expected = [(mine.macs / 100)[start : start + 20].mean() for start in range(0, 200, 20)]
     np.testing.assert_allclose(axes[1].lines[0].get_ydata(), expected)
     np.testing.assert_allclose(axes[1].lines[1].get_ydata(), [0.4] * 10)
@@ -38,7 +43,9 @@ def test_draw_splits_has_a_line_per_method_and_the_smallest_good_image():
     ]
     sent = pd.DataFrame({"sent": ["jpeg"] * 3, "payload_bytes": [50, 80, 120], "score_drop": [0.2, 0.004, 0.0]})
     _, axes = plt.subplots(1, 2)
-    draw_splits(axes, pd.DataFrame(rows, columns=columns), sent)
+    draw_splits(axes, pd.DataFrame(rows, columns=columns), sent, "photos")
+    title = axes[0].get_title(loc="left") + axes[0].get_title()
+    assert title == "photos: after the last block 0.10 of the bytes"
     assert [list(line.get_ydata()) for line in axes[0].lines[:4]] == [[1, 101, 201]] * 2 + [[1, 11, 21]] * 2
     assert axes[0].lines[4].get_ydata()[0] == 80
     assert len(axes[0].lines) == 5
@@ -59,6 +66,15 @@ def test_draw_sweep_shows_every_method_and_the_unmerged_accuracy():
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([79.0, 82.0])
     assert ax.get_xlabel() == "MACs, merged / unmerged"
     assert 90.0 in [line.get_ydata()[0] for line in ax.lines]
+
+
+def test_the_title_of_tradeoffs_says_who_needs_least_within_a_point():
+    rows = [("unmerged", 0.9, 1.0), ("threshold", 0.8, 0.3), ("threshold", 0.895, 0.6), ("fixed r", 0.88, 0.2)]
+    sweep = pd.DataFrame(rows, columns=["method", "score", "macs_ratio"])
+    sweep = sweep.assign(score_low=sweep.score, score_high=sweep.score, tokens_ratio=0.5, bytes_ratio=0.5)
+    fig = draw_tradeoffs(sweep, "top-1", "ten photos")
+    assert fig.get_suptitle() == "ten photos: within 1 point one threshold takes 0.60 of the MACs, fixed r 1.00"
+    assert len(fig.axes) == 3
 
 
 def test_draw_similarity_has_the_layers_median():

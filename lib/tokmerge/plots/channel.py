@@ -1,5 +1,8 @@
 """Figures of the channel: accuracy against SNR, and the policy over a fading trace."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -47,6 +50,24 @@ def draw_trace(ax: Axes, table: pd.DataFrame, score_name: str = "top-1") -> None
         ax.scatter(1e3 * row.latency_s, 100 * row.score, s=60, marker="*", color=color, label=row.choice)
     ax.set(xlabel="mean latency (ms)", ylabel=f"{score_name} over the trace (%)")
     legend_outside(ax, columns=2)
+
+
+def draw_channel(link: pd.DataFrame, trace: pd.DataFrame, facts: Mapping[str, Any]) -> Figure:
+    """`draw_link` beside `draw_trace`, with what they say in the titles; facts are 60_channel's channel.json."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    draw_link(left, link)
+    left.set_title(
+        f"{facts['dataset']}, {facts['n_images']:,} test images, {facts['uses']:,} channel uses each:\nadaptive needs "
+        f"{facts['gains']['adaptive']['db']:.1f} dB less than unmerged, {facts['gain_over_cut_off']['db']:.1f} less "
+        "than cut off", fontsize=9,
+    )  # fmt: skip
+    draw_trace(right, trace)
+    right.set_title(
+        "a fading trace, one test image per slot: adaptive\n"
+        f"{facts['policy_gains_pp']['adaptive'][0]:+.1f} points over the best fixed choice", fontsize=9,
+    )  # fmt: skip
+    fig.tight_layout()
+    return fig
 
 
 def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> Figure:

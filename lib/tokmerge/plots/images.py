@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tokmerge.plots.style import AXIS_LABELS, COLORS, legend_outside, shared_legend
@@ -55,6 +57,21 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
     ax.set(xlabel=AXIS_LABELS[column], xlim=(0, 1.02))
 
 
+def draw_tradeoffs(sweep: pd.DataFrame, score_name: str, where: str, points: float = 0.01) -> Figure:
+    """`draw_sweep` against MACs, tokens and bytes; the title says who needs fewest MACs within so many points."""
+    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), sharey=True)
+    for ax, column in zip(axes, ("macs_ratio", "tokens_ratio", "bytes_ratio"), strict=True):
+        draw_sweep(ax, sweep, column)
+    within = sweep[sweep.score >= sweep[sweep.method == "unmerged"].score.item() - points]
+    least = within.groupby("method").macs_ratio.min().reindex(["threshold", "fixed r"], fill_value=1.0)
+    axes[0].set_ylabel(f"{score_name} (%)")
+    said = f"one threshold takes {least['threshold']:.2f} of the MACs, fixed r {least['fixed r']:.2f}"
+    fig.suptitle(f"{where}: within {100 * points:g} point {said}", fontsize=10)
+    fig.tight_layout()
+    shared_legend(axes, columns=3)
+    return fig
+
+
 def draw_answer(
     ax: Axes, image: Image.Image, logits: np.ndarray, truth: str, classes: Sequence[str], mask: np.ndarray | None = None
 ) -> None:
@@ -71,7 +88,9 @@ def draw_answer(
             ax.contour(inside, levels=[0.5], colors=[color], linewidths=1, extent=size, origin="upper")
 
 
-def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame) -> None:
+def draw_adaptivity(
+    axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame, where: str = "images"
+) -> None:
     """What images cost, on three axes: how it spreads, how it follows the model's doubt, what it loses.
 
     Each table has a row per image, in the same order: columns macs and score, of ``unmerged`` also confidence.
@@ -89,13 +108,15 @@ def draw_adaptivity(axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFram
         axes[1].fill_between(low.index, low, high, color=COLORS[color], alpha=0.2, lw=0)
         axes[1].plot(groups.mean(), "o-", ms=3.5, **look)
         axes[2].plot(lost.groupby(tenth).mean(), "o-", ms=3.5, **look)
+    low, high = (mine.macs / unmerged.macs).quantile([0.1, 0.9])
     axes[0].set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="images")
+    axes[0].set_title(f"{where}: four of five take {low:.2f} to {high:.2f} of the MACs", fontsize=9)
     axes[1].set(xlabel="tenths of images, by unmerged confidence", ylabel=AXIS_LABELS["macs_ratio"])
     axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="score lost (points)")
     legend_outside(axes[1], columns=2)
 
 
-def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) -> None:
+def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame, where: str = "images") -> None:
     """What every split sends, beside what else could be sent; and what it costs device and server.
 
     Splits: columns method ("unmerged" or "ours"), precision, split_layer, edge_macs, server_macs, payload_bytes. Sent:
@@ -111,6 +132,9 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame) 
         if len(fine):
             look = {"color": color, "label": f"{label}, within 0.5 points"}
             axes[0].axhline(fine.payload_bytes.min(), lw=1, ls="-.", **look)
+    last = splits[(splits.split_layer == splits.split_layer.max()) & (splits.precision == "float16")]
+    ends = last.groupby("method").payload_bytes.mean()
+    axes[0].set_title(f"{where}: after the last block {ends['ours'] / ends['unmerged']:.2f} of the bytes", fontsize=9)
     axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
     legend_outside(axes[0], columns=3)
     for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):

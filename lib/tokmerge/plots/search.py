@@ -12,8 +12,9 @@ from tokmerge.plots.style import AXIS_LABELS, COLORS, legend_outside, shared_leg
 
 
 def draw_front(
-    axes: Sequence[Axes], trials: pd.DataFrame, front: pd.DataFrame, grids: pd.DataFrame, axis: str, worst: float
-) -> None:
+    axes: Sequence[Axes], trials: pd.DataFrame, front: pd.DataFrame, grids: pd.DataFrame, axis: str, worst: float,
+    where: str = "trials",
+) -> None:  # fmt: skip
     """A front in its three pairwise projections, with all completed trials and with the grid baselines.
 
     Columns macs_ratio, bytes_ratio and the accuracy axis, which is drawn up to its ``worst`` value; grids also have
@@ -29,6 +30,11 @@ def draw_front(
         ax.scatter(front[x], front[y], s=22, color=COLORS["search"], label="Pareto front", zorder=3)
         ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS[y], xlim=(0, 1.02))
         ax.set_ylim(0, worst if y == axis else 1.02)
+    least = [part[part[axis] <= worst / 2].macs_ratio.min() for part in (front, grids)]
+    said = (
+        f"{where}: {AXIS_LABELS[axis].split('(')[0]} {worst / 2:g} at {least[0]:.2f} of the MACs, grids {least[1]:.2f}"
+    )
+    axes[0].set_title(said)
     shared_legend(axes, columns=4)
 
 
@@ -49,7 +55,7 @@ def draw_profile(ax: Axes, points: pd.DataFrame) -> None:
     legend_outside(ax, beside=True)
 
 
-def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
+def draw_hypervolume(ax: Axes, traces: pd.DataFrame, where: str = "trials") -> None:
     """The hypervolume that is missing after n evaluations: the median over the seeds, and all of them as a band.
 
     Columns method, seed, evaluation (from 1), fraction (of the reference front's hypervolume). Methods stand in the
@@ -63,11 +69,12 @@ def draw_hypervolume(ax: Axes, traces: pd.DataFrame) -> None:
         ax.fill_between(middle.index, over.min(), over.max(), color=color, alpha=0.12, lw=0)
         ax.plot(middle.index, middle, lw=1.4, color=color, label=str(method), marker=marker, ms=4, markevery=12)
     ax.set(xlabel="evaluations", ylabel="hypervolume missing (%)", yscale="log", yticks=[3, 10, 30, 100])
+    ax.set_title(f"{where}: {ends.idxmin()} misses least, {ends.min():.0f} %")
     ax.yaxis.set_major_formatter("{x:g}")
     legend_outside(ax, beside=True)
 
 
-def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float) -> None:
+def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float, where: str = "images") -> None:
     """What a search is worth on images it did not see: MACs of each method's choice, and what it loses there.
 
     Columns method, seed, cost, rule, value, score_drop: by the rule "chosen" a point is chosen on those images, by
@@ -85,6 +92,9 @@ def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float) -
             ax.plot(over["median"], places, marker, color=color, ms=5, label=label)
         ax.set(yticks=range(len(order)), yticklabels=order)
         ax.invert_yaxis()
+    lost = 100 * rows[rows.rule == "promised"].score_drop.median()
+    axes[0].set_title(f"{where}: fewest MACs within {100 * max_drop:g} points", fontsize=10)
+    axes[1].set_title(f"chosen on search images alone, {lost:.1f} points (median)", fontsize=10)
     axes[0].set_xlabel(AXIS_LABELS["macs_ratio"])
     axes[1].axvline(100 * max_drop, color=COLORS["unmerged"], lw=0.8, ls="--")
     axes[1].set_xlabel("loss on select images (points)")
