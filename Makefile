@@ -24,7 +24,7 @@ help:
 	@echo "make test-gpu      engine, LLaVA, channel and attackers on a GPU against the CPU"
 	@echo "make fuzz          decode 126,000 damaged payloads (minutes)"
 	@echo "make setup         .venv from requirements.lock (the other commands do it on first use)"
-	@echo "make lab           JupyterLab with the right kernel"
+	@echo "make lab           JupyterLab with the right kernel (PROFILE=embedded: with that profile's values)"
 	@echo "make studies       rerun the frozen stages, training and studies (hours; STUDY=search_study: only this one)"
 	@echo "make bench         images per second and peak memory, printed and saved to results/bench.parquet"
 	@echo "make scale         measure how the cost grows and write docs/scale.md (minutes)"
@@ -92,8 +92,9 @@ test-gpu: $(READY)
 fuzz: $(READY)
 	FUZZ=42000 pytest tests/test_wire.py -k "mutations or random_bytes"
 
+# PROFILE=embedded: notebooks that are stepped through take that profile's values, not those of their own cells.
 lab: $(READY)
-	jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks/00_tour.ipynb
+	TOKMERGE_PROFILE=$(if $(filter command line,$(origin PROFILE)),$(PROFILE)) jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. notebooks/00_tour.ipynb
 
 bench: $(READY)
 	python -m tokmerge.evaluation.timing

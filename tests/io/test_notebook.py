@@ -45,6 +45,42 @@ def test_a_parameter_of_another_type_is_refused(declared, given, message):
     assert notebook.parameters(loose) == {"a": 1, "b": "x"}
 
 
+@pytest.fixture
+def stepping(tmp_path, monkeypatch):
+    """JupyterLab's kernel of a notebook, in a repository with a profile."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "params" / "large").mkdir(parents=True)
+    (tmp_path / "params" / "large" / "10_inputs.yaml").write_text("a: 7\nc: [1]\n")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/10_inputs.ipynb")
+    monkeypatch.setenv("TOKMERGE_PROFILE", "large")
+    return {"In": ["", "a = 1\nb = 'x'\nc = []"], "a": 1, "b": "x", "c": []}
+
+
+def test_stepped_through_it_takes_the_profile_of_the_environment_and_says_so(stepping, capsys):
+    assert notebook.parameters(stepping) == {"a": 7, "b": "x", "c": [1]}
+    assert (stepping["a"], stepping["c"]) == (7, [1])
+    assert capsys.readouterr().out == "with the values of params/large/10_inputs.yaml: a, c\n"
+
+
+def test_what_papermill_gives_comes_first(stepping, capsys):
+    stepping["In"].append("# Parameters\na = 3")
+    stepping["a"] = 3
+    assert notebook.parameters(stepping) == {"a": 3, "b": "x", "c": []}
+    assert not capsys.readouterr().out
+
+
+def test_a_profile_without_the_notebook_or_with_other_names_is_an_error(stepping, monkeypatch):
+    del stepping["c"]
+    stepping["In"][1] = "a = 1\nb = 'x'"
+    with pytest.raises(ValueError, match="unknown parameter c: this notebook has a, b"):
+        notebook.parameters(stepping)
+    monkeypatch.setenv("TOKMERGE_PROFILE", "larger")
+    with pytest.raises(ValueError, match=r"TOKMERGE_PROFILE is larger, but there is no params/larger/10_inputs\.yaml"):
+        notebook.parameters(stepping)
+
+
 @pytest.mark.parametrize("how", ["command line", "file"])
 def test_papermill_run_with_an_unknown_parameter_stops_before_any_work(tmp_path, how):
     (tmp_path / "typo.yaml").write_text("tresholds: [0.9]\n")

@@ -1,17 +1,24 @@
 """What every notebook does first: read its parameters, and refuse the ones it does not know."""
 
 import ast
-from collections.abc import Mapping
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
+from tokmerge.io import paths
+
 INJECTED = "# Parameters"
+# Whose values a notebook takes that is stepped through in JupyterLab, which tells its kernels the notebook's path.
+PROFILE, NOTEBOOK = "TOKMERGE_PROFILE", "JPY_SESSION_NAME"
 
 
-def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+def parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters of a notebook with these ``globals()``, and their values in this run.
 
     A parameters cell holds nothing but assignments of literals. papermill adds its own copy below it, and only warns
-    about a name the notebook does not have; here that is an error, before any work.
+    about a name the notebook does not have; here that is an error, before any work. In JupyterLab, where nothing is
+    added, the values of the profile that `PROFILE` in the environment names take the place of the cell's.
 
     Raises:
         ValueError: a parameter was given that the notebook does not have, or a value of another type than its own.
@@ -33,6 +40,15 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         plain = (str, int, float, list, tuple, dict, type(None))
         own = [name for name in namespace if not (name.startswith("_") or name.isupper() or name in ("In", "Out"))]
         return {name: namespace[name] for name in own if isinstance(namespace[name], plain)}
+    if not given and (profile := os.environ.get(PROFILE)) and NOTEBOOK in os.environ:
+        import yaml
+
+        file = paths.root() / "params" / profile / f"{Path(os.environ[NOTEBOOK]).stem}.yaml"
+        if not file.is_file():
+            raise ValueError(f"{PROFILE} is {profile}, but there is no {file.relative_to(paths.root())}")
+        given = yaml.safe_load(file.read_text()) or {}
+        print(f"with the values of {file.relative_to(paths.root())}: {', '.join(given) or 'none differs'}")
+        namespace.update({name: value for name, value in given.items() if name in declared})
     unknown = [name for name in given if name not in declared]
     if unknown:
         raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook has {', '.join(declared)}")
