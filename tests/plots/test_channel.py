@@ -27,9 +27,9 @@ def test_the_titles_of_the_channel_say_what_it_gains():
 
 
 def test_sweeps_have_a_panel_each():
-    table = pd.concat([LINK.assign(sweep="fading", uses=1000), LINK.assign(sweep="latency", uses=0)])
+    table = pd.concat([LINK.assign(sweep="rayleigh", uses=1000), LINK.assign(sweep="latency", uses=0)])
     fig = draw_sweeps(table, "data")
-    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["fading, 1,000 uses", "latency"]
+    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["Rayleigh, 1,000 uses", "latency"]
 
 
 def test_a_trace_figure_tells_policies_from_fixed_choices():

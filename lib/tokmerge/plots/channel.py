@@ -80,7 +80,8 @@ def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> 
         part = sweeps[sweeps.sweep == name]
         draw_link(ax, part, score_name, legend=False)
         uses = part.uses.iloc[0]
-        ax.set_title(_spell(f"{name.removesuffix(f' {uses}')}, {uses:,} uses" if uses else name), fontsize=9)
+        said = _spell(name.removesuffix(f" {uses}"))
+        ax.set_title(f"{said}, {uses:,} uses" if uses else said, fontsize=9)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     shared_legend(fig.axes, columns=5)
