@@ -184,7 +184,7 @@ def test_tests_mirror_the_library():
     tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     tested = {".".join((*path.parts[:-1], path.stem.removeprefix("test_"))) for path in tests}
     house = {"contributing", "install", "names", "params", "pipeline", "prose", "site"}
-    outside = {name for name in tested if name.startswith("browser.")} | house
+    outside = {name for name in tested if name.startswith(("browser.", "gpu."))} | house
     assert tested - outside <= set(MODULES), "a test file without its module"
     assert house <= tested
 
