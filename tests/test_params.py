@@ -61,6 +61,8 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
 def test_notebooks_follow_the_house_rhythm(name):
     (head, *_, takeaway, last), code = (cell.source for cell in cells(name)), code_cells(name)
     assert head.startswith(f"# {name[:2]} · ")
+    ids = [cell.id for cell in cells(name)]
+    assert len(set(ids)) == len(ids), "two cells of one id"
     for part in ("| Reads |", "| Writes |", "| Runtime |", "?**"):
         assert part in head, f"the first cell of {name} lacks {part}"
     assert takeaway == "## Takeaway"
