@@ -144,8 +144,9 @@ class MergedLlava(MergedModel):
         if self.positions == "first" and last:
             # Generation counts on from the last position, which here need not be the image's end.
             raise ValueError(f"prompt {last[0]} ends with the image: positions='first' needs text after it")
-        prompts, cache = Prompts.padded(rows), None
-        if alike is not None and self.pruning is None and not last and all(after):
+        if alike is None or self.pruning is not None or last or not all(after):
+            prompts, cache = Prompts.padded(rows), None
+        else:
             prompts, cache = self._read_alike(rows, after, alike)
         new, scores = language_model.generate_answers(self.model, prompts, max_new_tokens, self.pruning, cache)
         ends = torch.isin(new, self._ends(new.device))
