@@ -1,6 +1,9 @@
 """Small models with the structure of the real ones, images that hold both plain and busy regions, and data sets."""
 
+import hashlib
+import io
 import json
+import tarfile
 
 import datasets
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from tokmerge.data import debian
 from tokmerge.data.image_sets import Batch, split_batch
 from tokmerge.io import store
 from tokmerge.models.dense import DenseViT
@@ -136,3 +140,22 @@ def hub_folder(folder, splits, size=(28, 28), classes=10, names=None):
         rows = datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), label=label))
         rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return photos
+
+
+def serve_package(archive, monkeypatch, place, files):
+    """A Debian package of these files in an archive on disk; gives its place and checksum."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as packed:
+        for name, part in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(part)
+            packed.addfile(member, io.BytesIO(part))
+    content = b"!<arch>\n"
+    for name, part in (("debian-binary", b"2.0"), ("data.tar.xz", data.getvalue())):
+        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(part):<10}`\n"
+        content += header.encode() + part + b"\n" * (len(part) % 2)
+    file = archive / "pool" / "main" / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    monkeypatch.setattr(debian, "ARCHIVES", (archive.as_uri(),))
+    return {place: hashlib.sha256(content).hexdigest()}

@@ -1,43 +1,73 @@
-"""Files of Debian packages, had without root and without installing anything."""
+"""Files of Debian packages, had on any system: without Debian's tools, without root, without installing anything.
 
-import os
-import subprocess
-from collections.abc import Sequence
+A package is a place in Debian's archive and a checksum: the same bytes everywhere, as long as the archive or its
+snapshots keep them.
+"""
+
+import hashlib
+import http.client
+import io
+import tarfile
+import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from tokmerge.data.image_sets import DataError
 
+# Tried in turn; snapshots keep what the archive has removed.
+ARCHIVES = ("https://deb.debian.org/debian", "https://snapshot.debian.org/archive/debian/20250520T000000Z")
+_MEGABYTE = 1 << 20
 
-def unpack(packages: Sequence[str], work: Path) -> Path:
-    """Fetch packages from Debian's archive and unpack them below ``work``, an empty folder: gives their root.
+
+def unpack(packages: Mapping[str, str], work: Path) -> Path:
+    """Fetch packages and unpack them below ``work``: gives their root, below which there is usr/share.
+
+    Args:
+        packages: places below ``pool/main`` of the archive, such as "d/name/name_1.0_all.deb", and their sha256.
+        work: a folder; what it needs is removed again, but for the root.
 
     Raises:
-        DataError: Debian's tools are missing, or fail; the message says what they said.
+        DataError: a package cannot be had, or is not the one expected; the message says what every archive said.
     """
-    work = work.resolve()
-    for part in ("state/lists/partial", "cache/archives/partial", "files"):
-        (work / part).mkdir(parents=True)
-    options = ["-o", f"Dir::State={work}/state", "-o", "Dir::State::status=/var/lib/dpkg/status"]
-    options += ["-o", f"Dir::Cache={work}/cache", "-o", "Debug::NoLocking=1"]
-    if os.geteuid() == 0:
-        # apt would change to its own user, which may not write here.
-        options += ["-o", "APT::Sandbox::User=root"]
-    _run(["apt-get", *options, "update"], work)
-    for package in packages:
-        _run(["apt-get", *options, "download", package], work)
-        archives = list(work.glob(f"{package}_*.deb"))
-        if not archives:
-            raise DataError(f"apt-get downloaded no {package}")
-        _run(["dpkg-deb", "-x", str(archives[0]), "files"], work)
-    return work / "files"
+    root = work / "files"
+    root.mkdir()
+    for place, sha256 in packages.items():
+        file, failures = work / place.rpartition("/")[2], []
+        for archive in ARCHIVES:
+            try:
+                _fetch(f"{archive}/pool/main/{place}", file, sha256)
+                break
+            except (DataError, OSError, http.client.HTTPException) as error:
+                failures.append(f"{archive}: {error}")
+        else:
+            raise DataError(f"{file.name} could not be fetched ({'; '.join(failures)})")
+        with tarfile.open(fileobj=io.BytesIO(_data(file)), mode="r:*") as archive_file:
+            archive_file.extractall(root, [member for member in archive_file if member.isfile()])
+        file.unlink()
+    return root
 
 
-def _run(command: list[str], folder: Path) -> None:
-    try:
-        # apt checks signatures in the folder for temporary files, which not everyone may write to.
-        own = {**os.environ, "TMPDIR": str(folder)}
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=own)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DataError(f"{command[0]}: {error}") from error
-    if done.returncode:
-        raise DataError(f"{command[0]} failed: " + " / ".join(done.stderr.strip().splitlines()[-3:]))
+def _fetch(url: str, file: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=60) as answer, file.open("wb") as target:
+        size = int(answer.headers.get("Content-Length") or 0) or None
+        with tqdm(desc=file.name, total=size, unit="B", unit_scale=True, mininterval=2) as bar:
+            while part := answer.read(_MEGABYTE):
+                digest.update(part)
+                bar.update(target.write(part))
+    if digest.hexdigest() != sha256:
+        raise DataError("what came is not the package expected (sha256 differs)")
+
+
+def _data(file: Path) -> bytes:
+    """The archive of files that a package holds: a member of an ar archive, which has headers of 60 bytes."""
+    with file.open("rb") as stream:
+        stream.seek(8)
+        while True:
+            header = stream.read(60)
+            size = int(header[48:58])
+            if header.startswith(b"data.tar"):
+                return stream.read(size)
+            stream.seek(size + size % 2, io.SEEK_CUR)

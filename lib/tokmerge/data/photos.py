@@ -18,7 +18,16 @@ from tokmerge.data import debian
 from tokmerge.data.image_sets import SPLITS, DataError, Example, ImageSet
 from tokmerge.io import store
 
-PACKAGES = ("tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers")
+# Of Debian 12.
+PACKAGES = {
+    "t/tuxpaint-stamps/tuxpaint-stamps-default_2022.06.04-1_all.deb":
+        "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    "m/mate-backgrounds/mate-backgrounds_1.26.0-1_all.deb":
+        "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
+    "p/plasma-workspace-wallpapers/plasma-workspace-wallpapers_5.27.5-2_all.deb":
+        "32cd18b71c8c938a18b3b351f217c02ac590e323caa3cf322fbb875ce8892f8b",
+}  # fmt: skip
+_NAMES = ", ".join(place.split("/")[2].split("_")[0] for place in PACKAGES)
 STAMPS, DESKTOPS = "usr/share/tuxpaint/stamps", ("usr/share/backgrounds/mate/nature", "usr/share/wallpapers")
 KINDS, NO_PHOTOGRAPHS = ("animals", "food", "household", "plants", "sports", "vehicles"), ("cartoon", "plastic", "toys")
 BACKGROUNDS = {
@@ -40,8 +49,8 @@ def load_photos(split: str, path: str | Path | None = None, data_dir: str | Path
 
     Args:
         split: one of `tokmerge.data.image_sets.SPLITS`.
-        path: root below which the packages lie unpacked (usr/share/...); without it they are looked for in ``data_dir``
-            and on this machine, or fetched from Debian's archive.
+        path: root below which the packages lie unpacked (usr/share/...); without it they are looked for in
+            ``data_dir``, or fetched from Debian's archive.
         data_dir: folder that holds or gets what is used of them, in small.
 
     Raises:
@@ -124,17 +133,12 @@ def _make(folder: Path, path: str | Path | None) -> None:
     """Find or fetch the packages, and keep in small what is used of them: all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".photos-") as temporary:
-        root = Path(path) if path else Path("/")
-        if path is None and not all((root / part).is_dir() for part in (STAMPS, *DESKTOPS)):
-            work = Path(temporary, "work")
-            work.mkdir()
-            try:
-                root = debian.unpack(PACKAGES, work)
-            except DataError as error:
-                raise DataError(
-                    f"the pictures' originals could not be fetched: {error}\nInstall Debian's packages "
-                    f"{', '.join(PACKAGES)}, or give a path below which they lie unpacked."
-                ) from error
+        try:
+            root = Path(path) if path else debian.unpack(PACKAGES, Path(temporary))
+        except DataError as error:
+            raise DataError(
+                f"the pictures' originals: {error}\nGive a path below which Debian's packages {_NAMES} lie unpacked."
+            ) from error
         new = Path(temporary, "photos")
         _keep(root, new)
         if not folder.exists():
@@ -161,7 +165,7 @@ def _keep(root: Path, folder: Path) -> None:
         files = [file for part in DESKTOPS for file in sorted((root / part).rglob("*.[jp][pn]g")) if name in file.parts
                  or file.stem == name]  # fmt: skip
         if not files:
-            raise DataError(f"{root} does not hold the background {name} of {' or '.join(PACKAGES[1:])}")
+            raise DataError(f"{root} does not hold the background {name} of {_NAMES}")
         file = max(files, key=lambda file: (file.stat().st_size, file))
         with Image.open(file) as image:
             scale = SHORTEST / min(image.size)
@@ -172,7 +176,7 @@ def _keep(root: Path, folder: Path) -> None:
     if digest.hexdigest() != ORIGINALS_SHA256:
         raise DataError(
             f"{len(names)} cut-outs and the backgrounds in {root} are not those of Debian 12's "
-            f"{', '.join(PACKAGES)} (sha256 differs): pictures made of others would be other data"
+            f"{_NAMES} (sha256 differs): pictures made of others would be other data"
         )
     store.save_json({"cut-outs": names}, folder / "names.json")
 
