@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import tokmerge
+import torch
 from conftest import build
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.policies import PiToMe, Threshold, TopR
@@ -13,9 +14,16 @@ STATISTICS = ([0.5] * 4, [0.1] * 4)
 OPTIONS = {"positions": "first", "weights": "size"}
 
 
+CALIBRATION = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+def run(policy: Policy) -> None:
+    tokmerge.patch(build(), policy)(CALIBRATION)
+
+
 @pytest.fixture(scope="module")
 def spaces():
-    return methods.image_spaces(4, 64, STATISTICS, parameters=4)
+    return methods.image_spaces(4, 64, STATISTICS, 4, run)
 
 
 def test_every_method_runs_from_nothing_to_nearly_everything(spaces, images):
@@ -51,6 +59,15 @@ def test_schedules_take_their_counts(spaces):
     assert spaces["DiffRate"].configuration(two).policy == tokmerge.StaticRates((0, 3, 9, 13), (12, 9, 5, 2))
 
 
+def test_the_calibrated_threshold_is_searched_by_what_calibration_images_lose(spaces):
+    roots = {"00": 0.5, "01": 1.0, "02": 0.3, "03": 0.0}
+    choice = {f"root_{at}": root**0.5 for at, root in roots.items()}
+    policy = spaces["calibrated threshold"].configuration(choice).policy
+    assert isinstance(policy, Threshold)
+    tokens = tokmerge.patch(build(), policy)(CALIBRATION)[1].tokens.float().mean(0)
+    assert (tokens[:-1] - tokens[1:]).tolist() == [16, 24, 4, 0]
+
+
 def test_precision_is_searched_beside_the_policy(spaces):
     space = methods.sent_space(spaces["threshold"], [2], ["float16", "int8", "int4"])
     shares = dict.fromkeys(spaces["threshold"].bounds, 0.5)
@@ -73,7 +90,7 @@ def test_where_to_cut_is_searched_beside_it(spaces):
 @pytest.mark.parametrize("parameters", [5, 2])
 def test_unfitting_numbers_of_parameters_are_named(parameters):
     with pytest.raises(ValueError, match=f"parameters is {parameters}: an even number"):
-        methods.image_spaces(4, 64, STATISTICS, parameters=parameters)
+        methods.image_spaces(4, 64, STATISTICS, parameters, run)
 
 
 def test_every_question_space_has_as_many_parameters_and_fits_the_model():

@@ -36,7 +36,9 @@ def similarity_statistics(
     return tuple(round(part.mean().item(), 4) for part in layers), tuple(round(part.std().item(), 4) for part in layers)
 
 
-def thresholds_for_rates(run: Callable[[Policy], Any], rates: Sequence[float], feature: str = "keys") -> Threshold:
+def thresholds_for_rates(
+    run: Callable[[Policy], Any], rates: Sequence[float], feature: str = "keys", size_aware: bool = False
+) -> Threshold:
     """Thresholds under which every block loses a given number of tokens on average (DyMU, Wang et al., 2504.17040).
 
     In every batch each block's threshold is the one that takes that many tokens off on average, and merges what comes
@@ -47,24 +49,28 @@ def thresholds_for_rates(run: Callable[[Policy], Any], rates: Sequence[float], f
         run: runs a model on calibration images with the policy it is given.
         rates: mean number of tokens to lose, one per block.
         feature: what similarity is measured on; the method's own is the keys.
+        size_aware: as of `Threshold`, whose thresholds may then be negative; not part of the method.
 
     Raises:
         ValueError: not one rate per block.
     """
+    lowest = -1.0 if size_aware else 0.0
     found: dict[int, list[float]] = defaultdict(list)
 
     def hook(context: Context, choose: Callable[[], Merges]) -> Merges:
         thresholds = found[context.layer]
         if context.layer >= len(rates) or not rates[context.layer]:
             return choose()
-        matches = match(context)
+        matches = match(context, size_aware=size_aware)
         seen = matches.similarity[matches.similarity.isfinite()].sort(descending=True).values
         count = round(rates[context.layer] * len(context.layout.lengths))
         # Just those above the next one merge; all of them where there are not more.
-        threshold = seen[count].clamp(0, 1).item() if count < len(seen) else 0.0
+        threshold = seen[count].clamp(lowest, 1).item() if count < len(seen) else lowest
         thresholds.append(threshold)
         return matches.merges(matches.similarity > threshold)
 
     run(Observed(None, hook, feature))
     check_length("thresholds_for_rates", "rates", tuple(rates), len(found))
-    return Threshold([sum(found[i]) / len(found[i]) if found[i] else 1.0 for i in range(len(rates))], feature)
+    return Threshold(
+        [sum(found[i]) / len(found[i]) if found[i] else 1.0 for i in range(len(rates))], feature, size_aware
+    )

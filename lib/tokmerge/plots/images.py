@@ -13,7 +13,14 @@ from PIL import Image
 from tokmerge.plots.style import AXIS_LABELS, COLORS, legend_outside, shared_legend
 
 # Methods of images; those that are cut after some block are ours, too.
-OURS = ("threshold", "size-aware threshold", "confidence threshold", "capped threshold", "relative threshold")
+OURS = (
+    "threshold",
+    "size-aware threshold",
+    "calibrated threshold",
+    "confidence threshold",
+    "capped threshold",
+    "relative threshold",
+)
 GROUPS = {
     "ours": OURS,
     "published": ("ToMe", "PiToMe", "ToFu", "AdaMerge", "DiffRate", "attention pruning", "DyMU"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tokmerge.evaluation.calibrate import thresholds_for_rates
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.peers import (
     AdaMerge,
@@ -39,8 +40,9 @@ STEEPEST = 3.0
 
 
 def image_spaces(
-    depth: int, n_tokens: int, statistics: tuple[Sequence[float], Sequence[float]], parameters: int
-) -> dict[str, Space]:
+    depth: int, n_tokens: int, statistics: tuple[Sequence[float], Sequence[float]], parameters: int,
+    run: Callable[[Policy], Any],
+) -> dict[str, Space]:  # fmt: skip
     """Search spaces with the same number of parameters each, by the method's name.
 
     Args:
@@ -48,6 +50,8 @@ def image_spaces(
         n_tokens: tokens that may merge.
         statistics: for AdaMerge (`tokmerge.evaluation.calibrate.similarity_statistics`).
         parameters: values interpolated over the depth; methods with two profiles get half of them for each.
+        run: runs the model on calibration images with the policy it is given; what the calibrated threshold searches
+            are the numbers of tokens that these lose in the mean (`tokmerge.evaluation.calibrate`).
 
     Raises:
         ValueError: an odd number of parameters, or fewer than 4.
@@ -77,12 +81,16 @@ def image_spaces(
     def capped(root: Sequence[float], cap: Sequence[float]) -> Policy:
         return CappedThreshold(cosines(root), counts(squares(cap), n_tokens))
 
+    def calibrated(root: Sequence[float]) -> Policy:
+        return thresholds_for_rates(run, counts(squares(root), n_tokens), "tokens", size_aware=True)
+
     half, below = parameters // 2, {"root": SHARE}
     return {
         "threshold": threshold_space(depth, parameters),
         "size-aware threshold": policy_space(
             depth, below, size_aware, parameters, settled={"size-aware": FARTHEST_SIZE_AWARE}
         ),
+        "calibrated threshold": policy_space(depth, below, calibrated, parameters, settled={"calibrated": "tokens"}),
         "confidence threshold": policy_space(
             depth,
             below,
