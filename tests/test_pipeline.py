@@ -12,6 +12,8 @@ from imports import LIB, MODULES, ROOT, closure, code_cells, imported, imports, 
 from tokmerge import preflight
 
 PROFILES = ("smoke", "embedded", "paper", "photos")
+# Whose values stand in for photographs in figures that show none.
+PHOTOS = ("35_images_study", "40_images", "55_channel_study", "65_privacy_study")
 STAGES = {
     f"{name}@{profile}": (profile, stage)
     for profile in PROFILES

@@ -173,3 +173,17 @@ def adaptivity_numbers(prefix: str, gains: pd.DataFrame, method: str, which: str
             numbers[f"{prefix}.{name}.drop_pp"] = 100 * found.gain.iloc[0]
             numbers[f"{prefix}.{name}.drop_pp.ci95"] = 100 * found.gain_ci95.iloc[0]
     return numbers
+
+
+def gain_numbers(prefix: str, gains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Decibels that families need less, with the ends and half of their interval; *adaptive* is the prefix's own.
+
+    >>> gain_numbers("c", {"cut off": {"db": 1.0, "low": 0.0, "high": 3.0}})["c.gain_db.cut_off.ci95"]
+    1.5
+    """
+    numbers: dict[str, float] = {}
+    for family, gain in gains.items():
+        key = f"{prefix}.gain_db" + ("" if family == "adaptive" else f".{slug(family)}")
+        numbers |= {key: gain["db"], f"{key}.low": gain["low"], f"{key}.high": gain["high"]}
+        numbers[f"{key}.ci95"] = (gain["high"] - gain["low"]) / 2
+    return numbers

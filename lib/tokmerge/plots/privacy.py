@@ -54,8 +54,9 @@ def draw_reconstructions(rebuilt: pd.DataFrame, defences: Sequence[str], notes: 
     Columns defence, image, shape (C, H, W) and pixels (uint8).
     """
     images = sorted(rebuilt.image.unique())
+    inches = max(0.8, rebuilt["shape"].str[-1].max() / 80)
     fig, axes = plt.subplots(
-        len(defences), len(images), figsize=(0.8 * len(images) + 1.6, 0.8 * len(defences)), squeeze=False
+        len(defences), len(images), figsize=(inches * len(images) + 1.6, inches * len(defences)), squeeze=False
     )
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
