@@ -43,11 +43,13 @@ $(READY): requirements.lock pyproject.toml
 	uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@
 
+# What the figures show photographs with.
+PHOTOS := $(if $(filter embedded,$(PROFILE)),inputs@photos search@photos)
 # Inputs and search first: what a frozen study read must be there when dvc looks at it.
 repro: $(READY)
 	python -m tokmerge.preflight $(PROFILE)
 	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,\
-	  dvc repro inputs@$(PROFILE) search@$(PROFILE) && dvc repro figures@$(PROFILE))
+	  dvc repro inputs@$(PROFILE) search@$(PROFILE) $(PHOTOS) && dvc repro figures@$(PROFILE))
 
 verify: $(READY)
 	python -m tokmerge.verify

@@ -53,7 +53,9 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
     for path in files:
         given = yaml.safe_load(path.read_text()) or {}
         for name in {name for name in given if name.endswith("_dir")}:
-            assert given[name].startswith((f"results/{profile}/", "figures", "lib/tokmerge/assets")), given[name]
+            # Figures show photographs beside the rest.
+            own = "results/photos/" if name == "photos_dir" else f"results/{profile}/"
+            assert given[name].startswith((own, "figures", "lib/tokmerge/assets")), given[name]
         assert given or profile == "smoke", f"{path} changes nothing"
 
 

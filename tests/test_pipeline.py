@@ -75,7 +75,7 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
         else set()
     )
     if stage["cmd"].endswith("90_figures"):
-        spare |= {"params/photos/35_images_study.yaml", "params/photos/40_images.yaml"}
+        spare |= {f"params/photos/{name}.yaml" for name in PHOTOS}
     assert read <= tables <= read | spare
 
 
