@@ -178,11 +178,17 @@ def adaptivity_numbers(prefix: str, gains: pd.DataFrame, method: str, which: str
 def gain_numbers(prefix: str, gains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Decibels that families need less, with the ends and half of their interval; *adaptive* is the prefix's own.
 
-    >>> gain_numbers("c", {"cut off": {"db": 1.0, "low": 0.0, "high": 3.0}})["c.gain_db.cut_off.ci95"]
+    A gain that is a bound and has no spread was not measured: there is no cliff where the base never gets through.
+
+    >>> gain_numbers("c", {"cut off": {"db": 1.0, "low": 0.0, "high": 3.0, "bounded": False}})["c.gain_db.cut_off.ci95"]
     1.5
+    >>> gain_numbers("c", {"adaptive": {"db": 0.0, "low": 0.0, "high": 0.0, "bounded": True}})
+    {}
     """
     numbers: dict[str, float] = {}
     for family, gain in gains.items():
+        if gain["bounded"] and gain["low"] == gain["high"]:
+            continue
         key = f"{prefix}.gain_db" + ("" if family == "adaptive" else f".{slug(family)}")
         numbers |= {key: gain["db"], f"{key}.low": gain["low"], f"{key}.high": gain["high"]}
         numbers[f"{key}.ci95"] = (gain["high"] - gain["low"]) / 2
