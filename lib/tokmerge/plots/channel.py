@@ -75,7 +75,8 @@ def draw_channel(
 def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> Figure:
     """`draw_link` of up to nine sweeps, a panel each: columns sweep and uses (0: not one number) as well."""
     names = sweeps.sweep.unique()
-    fig, axes = plt.subplots(3, 3, figsize=(13, 9.6), sharex=True, sharey=True)
+    rows = -(-len(names) // 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(13, 3.2 * rows), sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(names) :]:
         ax.remove()
     for ax, name in zip(axes.flat, names, strict=False):
@@ -84,6 +85,7 @@ def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> 
         uses = part.uses.iloc[0]
         said = _spell(name.removesuffix(f" {uses}"))
         ax.set_title(f"{said}, {uses:,} uses" if uses else said, fontsize=9)
+        ax.xaxis.set_tick_params(labelbottom=True)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     shared_legend(fig.axes, columns=5)

@@ -80,13 +80,14 @@ def draw_depths(maps: pd.DataFrame, title: str = "") -> Figure:
 
 def draw_ends(maps: pd.DataFrame, n_images: int, title: str = "") -> Figure:
     """Four images at either end of so many: columns class, end, tokens, protected and those of `draw_saved_map`."""
-    fig, axes = plt.subplots(2, 4, figsize=(7, 4.2))
+    fig, axes = plt.subplots(2, 4, figsize=(8.4, 4.8))
     for ax, row, label in zip(axes.flat, maps.itertuples(), maps["class"], strict=True):
         draw_saved_map(ax, row, int(row.protected))
-        ax.set_title(f"{label}, {row.tokens} tokens", fontsize=8)
+        ax.set_title(f"{label}, {row.tokens} tokens", fontsize=7.5)
     for ax, end in zip(axes[:, 0], maps.end.unique(), strict=True):
         ax.set_ylabel(f"{end} of {n_images:,}", fontsize=8)
-    fig.suptitle(title, fontsize=10)
+    means = [f"{part.tokens.mean():.0f} tokens in the images of {end}" for end, part in maps.groupby("end", sort=False)]
+    fig.suptitle(f"{title}: {', '.join(means)}", fontsize=10)
     return fig
 
 
