@@ -25,8 +25,6 @@ def pytest_sessionstart(session):
         missing.append(f"a browser (one of {', '.join(NAMES)}, or its path in $CHROMIUM): `apt-get install chromium`")
     if not (paths.root() / "results" / "site" / "index.html").is_file():
         missing.append("the site: `make site`")
-    if not (paths.root() / "results" / "smoke" / "figures").is_dir():
-        missing.append("tables of small values: `make repro PROFILE=smoke`")
     if missing:
         pytest.exit("browser tests need " + "; and ".join(missing), returncode=1)
 
