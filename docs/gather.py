@@ -26,9 +26,9 @@ def gather(root: Path, profile: str, to: Path) -> None:
     Raises:
         FileNotFoundError: its figures were not drawn; the message names the command that draws them.
     """
-    figures = yaml.safe_load((root / "params" / profile / "90_figures.yaml").read_text())["out_dir"]
+    figures = yaml.safe_load((root / "params" / profile / "91_claims.yaml").read_text())["out_dir"]
     if not (root / figures / "claims.md").is_file():
-        raise FileNotFoundError(f"{figures} has no claims.md: {remedy(root, '90_figures', profile)} writes it")
+        raise FileNotFoundError(f"{figures} has no claims.md: {remedy(root, '91_claims', profile)} writes it")
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(root / "docs", to / "docs", ignore=shutil.ignore_patterns("index.md", "*.py", "*.css", "_*"))
     shutil.copytree(root / figures, to / "figures")

@@ -8,4 +8,4 @@ wait $first
 lane 60 20 & first=$!
 lane 65 70
 wait $first
-lane 90
+lane 90 91

@@ -48,6 +48,7 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
         "55_channel_study",
         "60_channel",
         "65_privacy_study",
+        "70_privacy",
     }
     assert names == (pictures if profile == "photos" else set(NAMES) - elsewhere[profile])
     for path in files:

@@ -34,9 +34,10 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
-def notebook_of(profile, stage):
-    """The notebook a stage runs, from its one command."""
-    return re.fullmatch(rf"sh notebooks/run\.sh {profile} (\w+)", stage["cmd"]).group(1)
+def notebooks_of(profile, stage):
+    """The notebooks a stage runs, from its commands."""
+    commands = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
+    return [re.fullmatch(rf"sh notebooks/run\.sh {profile} (\w+)", command).group(1) for command in commands]
 
 
 def given(profile, notebook):
@@ -48,16 +49,20 @@ def given(profile, notebook):
 
 @every_stage
 def test_stage_depends_on_exactly_the_folders_it_imports(profile, stage):
-    notebook = notebook_of(profile, stage)
+    names = notebooks_of(profile, stage)
     code = {dep for dep in stage["deps"] if dep.startswith("lib/tokmerge/") and "/assets/" not in dep}
-    assert code == {place(module) for module in closure(imports("\n".join(code_cells(notebook))))}
-    assert [f"notebooks/{notebook}.ipynb", f"params/{profile}/{notebook}.yaml"] == stage["deps"][:2]
+    cells = [cell for name in names for cell in code_cells(name)]
+    assert code == {place(module) for module in closure(imports("\n".join(cells)))}
+    given = [f"notebooks/{name}.ipynb" for name in names] + [f"params/{profile}/{name}.yaml" for name in names]
+    assert given == stage["deps"][: len(given)]
+    assert preflight.params_files(stage) == given[len(names) :]
 
 
 @every_stage
 def test_stage_reads_and_writes_what_its_params_say(profile, stage):
-    params = given(profile, notebook_of(profile, stage))
-    assert preflight.outputs(stage) == [params["out_dir"]]
+    each = [given(profile, name) for name in notebooks_of(profile, stage)]
+    assert {params["out_dir"] for params in each} == set(preflight.outputs(stage))
+    params = {key: value for one in each for key, value in one.items()}
     read = {value for key, value in params.items() if key.endswith("_dir") and key not in ("out_dir", "work_dir")}
     read |= {params["claims_file"]} if "claims_file" in params else set()
     # A study that goes on reads what it wrote before.
@@ -67,14 +72,14 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
         read.add("lib/tokmerge/assets/train_vit")
     if {"easy-vqa-llava", "scenes-llava"} & {one for one in values if isinstance(one, str)}:
         read.add("lib/tokmerge/assets/train_llava")
-    tables = {dep for dep in stage["deps"][2:] if not dep.startswith("lib/tokmerge/") or "/assets/" in dep}
+    tables = {dep for dep in stage["deps"][2 * len(each) :] if not dep.startswith("lib/tokmerge/") or "/assets/" in dep}
     # Other models come from the hub or from PyPI; a stage names the shipped ones for all profiles.
     spare = (
         {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"}
         if profile in ("paper", "photos")
         else set()
     )
-    if stage["cmd"].endswith("90_figures"):
+    if "90_figures" in notebooks_of(profile, stage):
         spare |= {f"params/photos/{name}.yaml" for name in PHOTOS}
     assert read <= tables <= read | spare
 
@@ -91,12 +96,13 @@ def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
         "channel_study",
         "channel",
         "privacy_study",
+        "privacy",
     ]
     hours = {*TRAINING, *STUDIES}
     assert names["smoke"] == [f"{name}_chained" if name in hours else name for name in names["embedded"]]
     for name, (_, stage) in STAGES.items():
         assert stage.get("frozen", False) == (name.split("@")[0] in hours), name
-    used = {notebook_of(*stage) for stage in STAGES.values()}
+    used = {name for stage in STAGES.values() for name in notebooks_of(*stage)}
     # The tour makes no table; growth is measured by hand, on an idle machine.
     assert used == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"00_tour", "95_scale"}
 

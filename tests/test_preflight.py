@@ -33,7 +33,10 @@ stages:
       frozen: true
   vqa:
     foreach: ${profiles}
-    do: {cmd: run, deps: ['params/${key}/50_vqa.yaml', '${item.studies}/study'], outs: ['results/${key}/vqa']}
+    do:
+      cmd: run
+      deps: [notebooks/50_vqa.ipynb, 'params/${key}/50_vqa.yaml', '${item.studies}/study']
+      outs: ['results/${key}/vqa']
 """
 REFUSED = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
 

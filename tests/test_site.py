@@ -1,4 +1,4 @@
-"""What docs/gather.py collects for the site, and what 90_figures leaves for it. `make test-browser` looks at pages."""
+"""What docs/gather.py collects for the site, and what 91_claims leaves for it. `make test-browser` looks at pages."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def root(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     stages = {
         name: {"foreach": "${profiles}", "do": {"deps": [f"notebooks/{stem}.ipynb"], "frozen": name.endswith("study")}}
-        for name, stem in (("search", "30_search"), ("search_study", "36_search_study"), ("figures", "90_figures"))
+        for name, stem in (("search", "30_search"), ("search_study", "36_search_study"), ("figures", "91_claims"))
     }
     stages["merging"] = {"foreach": "${profiles}", "do": {"deps": ["notebooks/20_merging.ipynb"]}}
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))

@@ -125,7 +125,7 @@ def test_command_says_what_moved_and_fails_beyond_the_tolerance(clone):
     (folder / verify.NUMBERS).unlink()
     missing = run()
     assert missing.returncode == 1
-    assert "run notebooks/90_figures.ipynb first" in missing.stderr
+    assert "run notebooks/91_claims.ipynb first" in missing.stderr
 
 
 def test_an_unknown_revision_or_no_repository_is_one_clear_message(clone, tmp_path_factory):

@@ -134,6 +134,22 @@ def slug(name: str) -> str:
     return name.lower().replace("-", "_").replace(", ", "_").replace(" ", "_").replace("+", "_plus")
 
 
+def score_key(name: str) -> str:
+    """A score's name as part of a key: "top1" of "top-1"."""
+    return name.lower().replace("-", "")
+
+
+def questions_key(model: str, data: str = "") -> str:
+    """What is asked of a model, as part of a key or a file's name; of scenes it says where the few shipped photos were
+    all they were made of.
+
+    >>> questions_key("scenes-llava", "scenes of Fashion-MNIST (sample)")
+    'scenes_sample'
+    """
+    known = {"easy-vqa-llava": "easy_vqa", "scenes-llava": "scenes", "llava-hf/llava-1.5-7b-hf": "vqav2"}
+    return known.get(model, slug(model)) + "_sample" * ("sample" in data)
+
+
 def ablated(table: pd.DataFrame) -> pd.DataFrame:
     """An ablation's points as rows of a study: one threshold, the model taught with merged tokens."""
     values = [row[row["cost"]] for row in table.to_dict("records")]

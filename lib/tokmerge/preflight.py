@@ -83,9 +83,10 @@ def stages(root: Path, profile: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def params_file(stage: dict[str, Any]) -> str:
-    """The params file of a stage, below the repository."""
-    return next(dep for dep in stage["deps"] if dep.startswith("params/"))
+def params_files(stage: dict[str, Any]) -> list[str]:
+    """The params files of a stage's notebooks, below the repository."""
+    deps = stage["deps"]
+    return [dep for dep in deps if dep.startswith("params/") and f"notebooks/{Path(dep).stem}.ipynb" in deps]
 
 
 def outputs(stage: dict[str, Any]) -> list[str]:
@@ -96,7 +97,7 @@ def outputs(stage: dict[str, Any]) -> list[str]:
 def needs(root: Path, running: Iterable[dict[str, Any]]) -> Needs:
     """What stages need, from their params files."""
     found = Needs()
-    for file in map(params_file, running):
+    for file in [file for stage in running for file in params_files(stage)]:
         if (root / file).exists():
             _read(yaml.safe_load((root / file).read_text()) or {}, file, found)
     return found
@@ -154,7 +155,7 @@ def missing(root: Path, profile: str, stage: str | None = None) -> Iterator[str]
         raise ValueError(f"no stage {stage!r} in the {profile} profile: use {', '.join(declared)}")
     yield from leftovers(root)
     yield from _repository(root)
-    files = [Path(params_file(one)) for one in declared.values()]
+    files = [Path(file) for one in declared.values() for file in params_files(one)]
     if absent := [file.name for file in files if not (root / file).exists()]:
         yield f"params: params/{profile} lacks {', '.join(absent)}: a comment is enough where nothing differs"
     running = [stage] if stage else [name for name, one in declared.items() if not one.get("frozen")]

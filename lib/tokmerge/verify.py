@@ -111,7 +111,7 @@ def main() -> None:
     revision = parser.parse_args().against
     try:
         before = committed(paths.root(), revision)
-        after = json.loads(paths.need(NUMBERS, made_by="90_figures").read_text())
+        after = json.loads(paths.need(NUMBERS, made_by="91_claims").read_text())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"verify: {error}")
     differences = compare(before, after)
