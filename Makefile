@@ -2,8 +2,8 @@
 # Each sets up .venv from requirements.lock on first use.
 PYTHON ?= python3
 PROFILE ?= embedded
-STUDY ?= $(if $(filter paper,$(PROFILE)),,train_vit train_llava) \
-  search_study images_study questions_study channel_study privacy_study
+STUDY ?= $(if $(filter embedded,$(PROFILE)),train_vit train_llava) images_study \
+  $(if $(filter photos,$(PROFILE)),,search_study questions_study) channel_study privacy_study
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,15 +13,16 @@ export DVC_NO_ANALYTICS := 1
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: help setup repro verify site test test-browser test-gpu fuzz lab bench scale studies lint lock audit clean
+.PHONY: help setup repro verify site test test-browser test-gpu rehearse fuzz lab bench scale studies lint lock audit clean
 
 help:
-	@echo "make repro         rebuild every result and figure (PROFILE=smoke: minutes, PROFILE=paper: docs/paper_profile.md)"
+	@echo "make repro         rebuild every result and figure (PROFILE=smoke: minutes, laptop or paper: docs/)"
 	@echo "make verify        compare the rebuilt numbers with the committed ones; fails if one moved too far"
 	@echo "make site          a static site from executed notebooks, figures and docstrings: results/site/index.html"
 	@echo "make test          lint, types, unit tests, every notebook with its smoke values"
 	@echo "make test-browser  the site and JupyterLab in a headless Chromium"
 	@echo "make test-gpu      engine, LLaVA, channel and attackers on a GPU against the CPU"
+	@echo "make rehearse      PROFILE=laptop or paper with models of real size, random weights and synthetic pictures (minutes)"
 	@echo "make fuzz          decode 126,000 damaged payloads (minutes)"
 	@echo "make setup         .venv from requirements.lock (the other commands do it on first use)"
 	@echo "make lab           JupyterLab with the right kernel (PROFILE=embedded: with that profile's values)"
@@ -89,6 +90,9 @@ lint: $(READY)
 # Skipped, with a word, where there is no GPU.
 test-gpu: $(READY)
 	pytest tests/gpu -rs
+
+rehearse: $(READY)
+	python notebooks/rehearse.py $(if $(filter laptop,$(PROFILE)),laptop,paper)
 
 # Damaged payloads of every kind: 42,000 for each of the three tests that make them.
 fuzz: $(READY)

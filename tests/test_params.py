@@ -1,10 +1,12 @@
 """params/ and notebooks/ must agree: a wrong name in a file is found here, not hours into a run."""
 
 import ast
+import importlib.util
 
 import pytest
 import yaml
 from imports import ROOT, cells, code_cells, parameter_cell
+from tokmerge.data.registry import load_images, load_questions
 from tokmerge.io import notebook
 
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -34,11 +36,12 @@ def test_every_name_in_a_params_file_is_a_parameter(path):
     assert not any(isinstance(value, dict) for value in given.values()), "params files are flat"
 
 
-@pytest.mark.parametrize("profile", ["smoke", "embedded", "paper", "photos"])
+@pytest.mark.parametrize("profile", ["smoke", "embedded", "laptop", "paper", "photos"])
 def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
     files = sorted((ROOT / "params" / profile).glob("*.yaml"))
     names = {path.stem for path in files}
-    elsewhere = {"smoke": {"95_scale"}, "embedded": set(), "paper": {"01_train_vit", "02_train_llava", "95_scale"}}
+    hub = {"01_train_vit", "02_train_llava", "95_scale"}
+    elsewhere = {"smoke": {"95_scale"}, "embedded": set(), "laptop": hub, "paper": hub}
     pictures = {
         "10_inputs",
         "20_merging",
@@ -71,5 +74,28 @@ def test_notebooks_follow_the_house_rhythm(name):
     assert takeaway == "## Takeaway"
     assert "print(" in last
     assert any("assert " in cell for cell in code)
+    lines = [line for cell in code_cells(name) for line in cell.splitlines() if line.strip()]
+    assert len(lines) <= 250, f"{name} has {len(lines)} lines of code: cut it, or move definitions to the library"
     longest = max((len(cell.splitlines()), cell) for cell in code)
     assert longest[0] <= 28, f"a cell of {longest[0]} lines in {name}: {longest[1][:60]}"
+
+
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_a_rehearsal_has_the_profiles_words_small_numbers_and_data_like_the_hubs(profile, tmp_path):
+    spec = importlib.util.spec_from_file_location("rehearse", ROOT / "notebooks" / "rehearse.py")
+    rehearse = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rehearse)
+    rehearse.build_data(tmp_path, profile)
+    for file in (ROOT / "params" / profile).glob("*.yaml"):
+        own = notebook.literals(parameter_cell(file.stem))
+        assert set(rehearse.FEWER.get(file.stem, {})) <= set(own)
+        params = rehearse.values(profile, file.stem, tmp_path)
+        assert set(params) == set(own)
+        assert all(f"rehearsal/{profile}/" in params[name] for name in params if name in ("out_dir", "work_dir"))
+    params = rehearse.values(profile, "10_inputs", tmp_path)
+    images = load_images(params["dataset"], params["test_source"], path=params["data_path"])
+    assert (len(images), len(images.classes)) == (40, 1000)
+    params = rehearse.values(profile, "50_questions", tmp_path)
+    assert params["split"] == yaml.safe_load((ROOT / "params" / profile / "50_questions.yaml").read_text())["split"]
+    asked = load_questions(params["source"], params["split"], path=params["data_path"])
+    assert len({question.image_id for question, _ in asked.pairs()}) == 6

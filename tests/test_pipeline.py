@@ -11,7 +11,7 @@ import yaml
 from imports import LIB, MODULES, ROOT, closure, code_cells, imported, imports, parameter_cell, place
 from tokmerge import preflight
 
-PROFILES = ("smoke", "embedded", "paper", "photos")
+PROFILES = ("smoke", "embedded", "laptop", "paper", "photos")
 # Whose values stand in for photographs in figures that show none.
 PHOTOS = ("35_images_study", "40_images", "55_channel_study", "65_privacy_study")
 STAGES = {
@@ -76,7 +76,7 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
     # Other models come from the hub or from PyPI; a stage names the shipped ones for all profiles.
     spare = (
         {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"}
-        if profile in ("paper", "photos")
+        if profile in ("laptop", "paper", "photos")
         else set()
     )
     if "90_figures" in notebooks_of(profile, stage):
@@ -100,6 +100,7 @@ def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
     ]
     hours = {*TRAINING, *STUDIES}
     assert names["smoke"] == [f"{name}_chained" if name in hours else name for name in names["embedded"]]
+    assert names["laptop"] == names["smoke"][len(TRAINING) :]
     for name, (_, stage) in STAGES.items():
         assert stage.get("frozen", False) == (name.split("@")[0] in hours), name
     used = {name for stage in STAGES.values() for name in notebooks_of(*stage)}

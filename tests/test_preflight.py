@@ -211,6 +211,36 @@ def test_the_paper_profile_of_this_repository_names_what_it_loads(machine):
     assert wanted.unknown == wanted.local == {}
 
 
+def not_running(*what):
+    """What this repository lacks, but for notebooks that run beside the tests."""
+    return [line for line in preflight.missing(paths.root(), *what) if not line.startswith("running")]
+
+
+def test_the_laptop_profile_needs_a_network_but_neither_gpu_nor_account(machine):
+    machine.gpus, machine.token = [], None
+    assert not_running("laptop") == []
+    assert machine.asked == [
+        ("dataset", "frgfm/imagenette"),
+        ("dataset", "lmms-lab/VQAv2"),
+        ("model", "timm/deit_small_patch16_224.fb_in1k"),
+        ("model", "llava-hf/llava-interleave-qwen-0.5b-hf"),
+        ("model", "timm/resnet18.a1_in1k"),
+    ]
+    machine.free = 1e9
+    machine.refuse = {"frgfm/imagenette": httpx.ConnectError("no")}
+    found = not_running("laptop")
+    assert [line.split(":")[0] for line in found] == ["disk", "dataset"]
+    assert (
+        "frgfm/imagenette (params/laptop/10_inputs.yaml) cannot be reached: ConnectError (network, proxy?)" in found[1]
+    )
+
+
+def test_photographs_need_no_hub(machine):
+    machine.gpus, machine.token = [], None
+    assert not_running("photos", "inputs") == []
+    assert machine.asked == []
+
+
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_a_notebook_that_outlived_its_run_is_named(root, folder):
     script = root / "papermill"

@@ -47,12 +47,13 @@ def parser() -> argparse.ArgumentParser:
     edge = commands.add_parser("edge", help="send images and print what comes back")
     search = commands.add_parser("search", help="how much a model can merge on pictures in a folder; no labels needed")
     search.add_argument("--model", required=True, help="a timm name, saliency-vit or fashion-vit")
-    search.add_argument("--checkpoint", help="local weights of the model")
     search.add_argument("--images", required=True, help="folder with pictures")
     search.add_argument("--out", default="tokmerge-search", help="folder for front.json and report.md")
     search.add_argument("--trials", type=whole(4), default=64, help="default 64")
     search.add_argument("--pictures", type=whole(4), default=64, help="that every trial is measured on (default 64)")
     search.add_argument("--seed", type=whole(0), default=0)
+    for command in (serve, edge, search):
+        command.add_argument("--checkpoint", help="local weights of the model")
     for command in (serve, edge):
         command.add_argument("--host", default="127.0.0.1")
         command.add_argument(
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 def load_merged(given: argparse.Namespace, precision: str) -> MergedClassifier:
     """The model that device and server share."""
-    model, policy = zoo.load_model(given.model), None
+    model, policy = zoo.load_model(given.model, given.checkpoint), None
     if given.front:
         policy = load_front(given.front, digest_weights(model)).pick(given.max_drop)
     elif given.threshold != Threshold.OFF:

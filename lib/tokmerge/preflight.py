@@ -22,16 +22,22 @@ import yaml
 from tokmerge.io import paths
 
 # Gigabytes that a data set or model takes on disk; anything else counts as OTHER.
-STAGE_GIGABYTES = {"ILSVRC/imagenet-1k": 7.0, "lmms-lab/VQAv2": 7.0, "llava-hf/llava-1.5-7b-hf": 14.2}
+STAGE_GIGABYTES = {
+    "ILSVRC/imagenet-1k": 7.0, "lmms-lab/VQAv2": 7.0, "llava-hf/llava-1.5-7b-hf": 14.2,
+    "llava-hf/llava-interleave-qwen-0.5b-hf": 1.8,
+}  # fmt: skip
 OTHER = 0.5
-# And its results: of a profile that needs no GPU and no hub, and of any other.
-RESULTS, LARGE_RESULTS = {"smoke": 0.5, "embedded": 2.0}, 10.0
+# And its results: of profiles that need no GPU, most of which need no hub either, and of any other.
+RESULTS, LARGE_RESULTS = {"smoke": 0.5, "embedded": 2.0, "photos": 2.0, "laptop": 1.0}, 10.0
+OFFLINE = ("smoke", "embedded", "photos")
 # Gigabytes of GPU memory: for a vision transformer of a batch of 64, and for a 7B language model in half precision.
 VISION_MEMORY, LANGUAGE_MEMORY = 8.0, 22.0
 # Data sets that have to be on this machine, where data_path says.
 LOCAL_DATA = ("imagefolder", "vqav2")
 # Parameters that name a model.
 MODEL_KEY = re.compile(r"^(model|models|llava|judge)$|_(name|names|model|models)$|_llava$")
+# Of them those whose terms have to be accepted first.
+GATED = ("ILSVRC/imagenet-1k",)
 HUB_DATA = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette": "frgfm/imagenette", "vqav2-hub": "lmms-lab/VQAv2"}
 
 
@@ -160,11 +166,12 @@ def missing(root: Path, profile: str, stage: str | None = None) -> Iterator[str]
         yield f"params: params/{profile} lacks {', '.join(absent)}: a comment is enough where nothing differs"
     running = [stage] if stage else [name for name, one in declared.items() if not one.get("frozen")]
     yield from _inputs(root, profile, declared, running)
-    wanted = Needs() if profile in RESULTS else needs(root, [declared[name] for name in running])
+    wanted = Needs() if profile in OFFLINE else needs(root, [declared[name] for name in running])
     yield from _disk(root, RESULTS.get(profile, LARGE_RESULTS) + wanted.gigabytes)
-    if profile in RESULTS:
+    if profile in OFFLINE:
         return
-    yield from _gpu(wanted.gpu_gigabytes)
+    if profile not in RESULTS:
+        yield from _gpu(wanted.gpu_gigabytes)
     for path, where in wanted.local.items():
         if not (root / path).exists():
             yield f"local: {path} ({where}) does not exist"
@@ -243,7 +250,7 @@ def _hub(wanted: Needs) -> Iterator[str]:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    if (wanted.data or wanted.models) and huggingface_hub.get_token() is None:
+    if set(GATED) & set(wanted.data) and huggingface_hub.get_token() is None:
         yield "token: no Hugging Face token: `.venv/bin/hf auth login`, or set HF_TOKEN"
     api = huggingface_hub.HfApi()
     for kind, names in (("dataset", wanted.data), ("model", wanted.models)):
@@ -270,7 +277,8 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"preflight: {error}")
     if found:
-        recipe = [] if given.profile in RESULTS else ["docs/paper_profile.md says how to get each."]
+        page = "laptop" if given.profile == "laptop" else "paper"
+        recipe = [] if given.profile in OFFLINE else [f"docs/{page}_profile.md says how to get each."]
         sys.exit("\n".join([f"The {given.profile} profile cannot start:", *(f"  - {line}" for line in found), *recipe]))
 
 

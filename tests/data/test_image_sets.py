@@ -189,7 +189,7 @@ def test_imagenette_has_imagenets_labels_even_where_a_script_made_it(tmp_path, m
         datasets, "load_dataset", lambda path, **given: refuses_scripts(path, given.pop("name"), **given)
     )
     assert imagenet.imagenette_hub().labels.tolist() == expected
-    assert asked[1:] == [("frgfm/imagenette", "320px", "refs/convert/parquet")] * 2
+    assert asked[1:] == [("frgfm/imagenette", "320px", "refs/convert/parquet")]
     monkeypatch.undo()
     hub_folder(tmp_path / "other", {"validation": 4})
     with pytest.raises(DataError, match=r"has classes class 0, class 1, class 2, ...: not Imagenette's"):

@@ -216,3 +216,14 @@ def test_no_questions_are_an_empty_table(asked, machine):
     table = answer(machine, select_questions(asked, []))
     assert list(table) == list(vqa.score([], []))
     assert len(table) == 0
+
+
+def test_the_prompt_is_the_models_own():
+    assert vqa.prompt_template(tiny.processor(["red"])) == vqa.LLAVA_TEMPLATE
+    processor = tiny.processor(["red"])
+    processor.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}"
+        "{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}<|im_end|>{% endfor %}{a}<|im_start|>assistant"
+    )
+    said = vqa.prompt_template(processor).format(question="is it {red}?")
+    assert said == f"<|im_start|>user <image>is it {{red}}?\n{vqa.SHORT}<|im_end|>{{a}}<|im_start|>assistant"

@@ -86,7 +86,7 @@ def imagenet_hub(split: str = "validation", name: str = IMAGENET_HUB) -> ImageSe
 
 
 def imagenette_hub(split: str = "validation", name: str = IMAGENETTE_HUB) -> ImageSet:
-    """Imagenette (ten of ImageNet's classes, fast.ai), streamed from the hub or from a local folder of parquet.
+    """Imagenette (ten of ImageNet's classes, fast.ai), fetched once from the hub, or from a local folder of parquet.
 
     Labels are those of ImageNet's 1,000 classes, so that a model of these is right or wrong as on ImageNet.
 
@@ -98,7 +98,7 @@ def imagenette_hub(split: str = "validation", name: str = IMAGENETTE_HUB) -> Ima
     remedy = "Imagenette is open to all: is there a network? Without one give a local folder as path."
     config = "320px" if name == IMAGENETTE_HUB else None
     title = "Imagenette" if name == IMAGENETTE_HUB else f"Imagenette from {Path(name).name}"
-    images = _stream(split, name, title, remedy, config)
+    images = _stream(split, name, title, remedy, config, keep=True)
     if set(images.classes) != set(IMAGENETTE):
         raise DataError(f"data set {name} has classes {', '.join(images.classes[:3])}, ...: not Imagenette's")
     index = np.array([IMAGENETTE[name] for name in images.classes])
@@ -111,7 +111,7 @@ def imagenette_hub(split: str = "validation", name: str = IMAGENETTE_HUB) -> Ima
     return replace(images, classes=classes, labels=index[images.labels], stream=stream)
 
 
-def _stream(split: str, name: str, title: str, remedy: str, config: str | None = None) -> ImageSet:
+def _stream(split: str, name: str, title: str, remedy: str, config: str | None = None, keep: bool = False) -> ImageSet:
     """A data set of the hub with columns image and label; arguments as of `tokmerge.data.hub.open_hub`."""
 
     def check(features: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def _stream(split: str, name: str, title: str, remedy: str, config: str | None =
                 f"data set {name}: columns image and label (a ClassLabel) are needed, it has {list(features)}"
             )
 
-    features, light, rows = open_hub(name, split, ["label"], check, remedy, config)
+    features, light, rows = open_hub(name, split, ["label"], check, remedy, config, keep)
     labels = np.array([row["label"] for row in light])
     ids = [f"{split}-{index:08d}" for index in range(len(labels))]
 

@@ -22,8 +22,9 @@ from tokmerge.io import store
 from tokmerge.models.llava import GREEDY, MergedLlava
 from tokmerge.models.visual_tokens import LlavaRecord
 
-# LLaVA-1.5's prompt for short answers (Liu et al., 2310.03744, table 7).
-LLAVA_TEMPLATE = "USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
+# What follows a question so that the answer is short (Liu et al., 2310.03744, table 7), and LLaVA-1.5's prompt with it.
+SHORT = "Answer the question using a single word or phrase."
+LLAVA_TEMPLATE = f"USER: <image>\n{{question}}\n{SHORT} ASSISTANT:"
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -107,6 +108,15 @@ class QuestionBatch(NamedTuple):
     pixels: Tensor
     rows: Tensor
     prompts: Any
+
+
+def prompt_template(processor: Any) -> str:
+    """The prompt that asks a model for short answers, of its own chat template; LLaVA-1.5's if it brings none."""
+    if not getattr(processor, "chat_template", None):
+        return LLAVA_TEMPLATE
+    said = [{"type": "image"}, {"type": "text", "text": f"QUESTION\n{SHORT}"}]
+    text = processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)
+    return text.replace("{", "{{").replace("}", "}}").replace("QUESTION", "{question}")
 
 
 def question_batches(processor: Any, questions: QuestionSet, template: str, batch_size: int) -> Iterator[QuestionBatch]:

@@ -240,7 +240,7 @@ def load_task(
     model, processor = llava.load_llava(name, device, dtype)
     if n_test is not None:
         test = select_images(test, n_test)
-    options = {"template": vqa.LLAVA_TEMPLATE, **options}
+    options = {"template": vqa.prompt_template(processor), **options}
     return Task(Path(name).name, model, processor, search, select, test, options)
 
 

@@ -1,0 +1,207 @@
+"""`python notebooks/rehearse.py PROFILE [NOTEBOOK ...]`: a profile's notebooks end to end, before anything is fetched.
+
+Models have their real size (a language model two layers) and random weights; data sets have the hub's columns and
+files and a few synthetic pictures; notebooks get the profile's words (models, splits, precisions, what is left out)
+and the small numbers of their own first cells. Nothing that comes out says anything about merging: it shows that
+shapes fit, that files are written and read, that memory suffices, and how long an image takes on this machine.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import nbformat
+import numpy as np
+import timm
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+from tokmerge.data.imagenet import IMAGENETTE
+from tokmerge.evaluation.vqa import SHORT
+from tokmerge.io import notebook, paths, store
+from tokmerge.models import tiny_llava
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+ROOT = paths.root()
+# Vision transformers: ViT-B/16 as in the paper; the laptop's own.
+VITS = {"paper": "vit_base_patch16_224", "laptop": "deit_small_patch16_224"}
+# Towers of LLaVA-1.5 and of LLaVA-Interleave 0.5B with their language models' widths; the second without most layers.
+TOWERS = {
+    "paper": CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14,
+    ),
+    "laptop": SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=4, num_attention_heads=16, image_size=384,
+        patch_size=14,
+    ),
+}  # fmt: skip
+ENDS: dict[str, Any] = {"num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LANGUAGE = {
+    "paper": (LlamaConfig, {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}),
+    "laptop": (Qwen2Config, {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
+                             "num_key_value_heads": 16}),
+}  # fmt: skip
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{{ '<image>\n' if c.type == 'image' else "
+    "c.text }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
+)
+ASKED = ("is it red", "how many are there", "what is it", "where is it")
+# Numbers that are smaller than in the notebooks' first cells, because these models are larger.
+FEWER: dict[str, dict[str, Any]] = {
+    "10_inputs": {"n_search": 16, "n_select": 8, "n_test": 8, "batch_size": 8},
+    "20_merging": {"n_calibration": 4, "n_ranked": 2, "n_test": 4, "speed_rounds": 1, "speed_images": 4,
+                   "deit_images": 0},
+    "30_search": {"n_images": 6, "n_front_images": 4, "n_trials": 8},
+    "35_images_study": {"n_images": 4, "n_select": 6, "n_test": 6, "n_budget": 4, "shard_size": 4, "seeds": [0],
+                        "more_seeds": []},
+    "36_search_study": {"n_long": 6, "sizes": [], "n_select": 6},
+    "40_images": {"n_test": 8, "n_baseline": 4, "n_head": 4, "rounds": 1, "shard_size": 4, "batch_size": 4},
+    "45_questions_study": {"n_search": [1], "n_select": [1], "n_test": [1], "n_calibration": 1, "n_trials": 4,
+                           "n_sobol": 3, "n_grid": 2, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32"},
+    "50_questions": {"n_test": [2], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
+    "55_channel_study": {"n_search": 4, "n_select": 4, "n_test": 4, "n_candidates": 2, "n_training": 4, "vqa": None},
+    "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1, "n_talk": 2},
+    "65_privacy_study": {"n_public": 16, "n_test": 6, "n_judge": 16, "judge_epochs": 1.0, "judge_name": None,
+                         "n_gradient": 1, "tv_weights": [0.3]},
+}  # fmt: skip
+
+
+def pictures(n: int, seed: int) -> list[Image.Image]:
+    """Coloured shapes on gradients, 320 x 240."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(n):
+        corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+        picture = corners.resize((320, 240), Image.Resampling.BICUBIC)
+        draw = ImageDraw.Draw(picture)
+        for _ in range(rng.integers(1, 5)):
+            x, y, size = (int(value) for value in rng.integers((0, 0, 20), (260, 180, 120)))
+            draw.ellipse((x, y, x + size, y + size), fill=tuple(int(value) for value in rng.integers(0, 256, 3)))
+        made.append(picture)
+    return made
+
+
+def write(folder: Path, split: str, rows: list[dict[str, Any]], features: datasets.Features) -> None:
+    """A split as the hub keeps it: a parquet file below ``data``."""
+    file = folder / "data" / f"{split}-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(file)
+
+
+def build_data(folder: Path, profile: str) -> None:
+    """Stand-ins of the data sets: images with ImageNet's or Imagenette's classes, and VQAv2."""
+    info = ImageNetInfo("imagenet-1k")
+    names = list(IMAGENETTE) if profile == "laptop" else [info.index_to_label_name(i) for i in range(1000)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    for seed, (split, n) in enumerate({"train": 40, "validation": 40}.items()):
+        rows = [{"image": picture, "label": i % len(names)} for i, picture in enumerate(pictures(n, seed))]
+        write(folder / "images", split, rows, features)
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    features = datasets.Features(
+        question_type=text, multiple_choice_answer=text, image_id=number, answer_type=text, question_id=number,
+        question=text, image=datasets.Image(),
+        answers=[{"answer": text, "answer_confidence": text, "answer_id": number}],
+    )  # fmt: skip
+    answers = [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    rows = [
+        {"question_type": "what", "multiple_choice_answer": "red", "answers": answers, "image_id": image,
+         "answer_type": "other", "question_id": 10 * image + k, "question": f"{asked}?", "image": picture}
+        for image, picture in enumerate(pictures(6, 2)) for k, asked in enumerate(ASKED[:2])
+    ]  # fmt: skip
+    write(folder / "vqav2", "validation", rows, features)
+
+
+def build_models(folder: Path, profile: str) -> None:
+    """Stand-ins of the models: weights of a vision transformer, and a LLaVA's folder as `save_pretrained` writes it."""
+    torch.manual_seed(0)
+    save_file(timm.create_model(VITS[profile]).state_dict(), folder / "vit.safetensors")
+    words = tiny_llava.words([SHORT, *ASKED, "red blue yes no one two user assistant <|im_start|> <|im_end|> ?"])
+    vision, (kind, sizes) = TOWERS[profile], LANGUAGE[profile]
+    whole, n = profile == "laptop", (vision.image_size // vision.patch_size) ** 2
+    strategy = "full" if whole else "default"
+    config = LlavaConfig(
+        vision_config=vision, text_config=kind(vocab_size=len(tiny_llava.SPECIAL) + len(words), **sizes, **ENDS),
+        image_token_index=tiny_llava.IMAGE, image_seq_length=n, vision_feature_select_strategy=strategy,
+        vision_feature_layer=-1 if whole else -2,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
+    processor = tiny_llava.processor({"image_size": vision.image_size, "patch_size": vision.patch_size}, words)
+    processor.vision_feature_select_strategy = strategy
+    processor.num_additional_image_tokens = 0 if whole else 1
+    processor.chat_template = CHAT if whole else None
+    processor.save_pretrained(folder / "llava")
+
+
+def is_number(value: Any) -> bool:
+    """A number other than 0, or a list with numbers in it."""
+    if isinstance(value, list):
+        return any(is_number(one) for one in value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
+
+
+def values(profile: str, stem: str, folder: Path) -> dict[str, Any]:
+    """The parameters of a notebook in the rehearsal; data and models are those in the folder."""
+    book = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+    own = notebook.literals(next(cell.source for cell in book.cells if cell.cell_type == "code"))
+    given = yaml.safe_load((ROOT / "params" / profile / f"{stem}.yaml").read_text()) or {}
+    words = {key: value for key, value in given.items() if not is_number(value)}
+    small = own | words | FEWER.get(stem, {})
+    here = {"data_path": str(folder / ("images" if stem == "10_inputs" else "vqav2")), "model_name": VITS[profile],
+            "checkpoint": str(folder / "vit.safetensors"), "models": [str(folder / "llava")],
+            "datasets": [str(folder / "llava")]}  # fmt: skip
+    small |= {key: value for key, value in here.items() if key in own}
+    for key, value in small.items():
+        if key.endswith("_dir") and value and value.startswith("results/"):
+            small[key] = f"results/rehearsal/{profile}/{value.split('/', 2)[2]}"
+    return small
+
+
+def main() -> None:
+    """Build the stand-ins, run the notebooks, say what each took."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("profile", choices=VITS)
+    parser.add_argument("notebooks", nargs="*", help="the numbers of those that run; all by default")
+    given = parser.parse_args()
+    work = paths.resolve(f"results/rehearsal/{given.profile}")
+    stand_ins = work / "stand-ins"
+    if not stand_ins.exists():
+        building = work / "building"
+        building.mkdir(parents=True, exist_ok=True)
+        build_data(building, given.profile)
+        build_models(building, given.profile)
+        building.rename(stand_ins)
+    begin = time.monotonic()
+    for file in sorted((ROOT / "params" / given.profile).glob("*.yaml")):
+        if given.notebooks and file.stem[:2] not in given.notebooks:
+            continue
+        params, started = work / "params" / file.name, time.monotonic()
+        with store.writing(params) as temporary:
+            temporary.write_text(yaml.safe_dump(values(given.profile, file.stem, stand_ins)))
+        done = work / "executed" / f"{file.stem}.ipynb"
+        done.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "papermill", "--cwd", "notebooks", "--no-progress-bar", "-f", str(params),
+                   str(ROOT / "notebooks" / f"{file.stem}.ipynb"), str(done)]  # fmt: skip
+        if subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit(f"{file.stem} failed: its cells are in {done}")
+        most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+        print(f"{file.stem:20s} {time.monotonic() - started:6.0f} s, at most {most:.1f} GB so far", flush=True)
+    print(f"the {given.profile} profile in {(time.monotonic() - begin) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
