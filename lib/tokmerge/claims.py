@@ -8,6 +8,7 @@ is missing. The keys of the studies' numbers are made here, too.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -146,8 +147,8 @@ def questions_key(model: str, data: str = "") -> str:
     >>> questions_key("scenes-llava", "scenes of Fashion-MNIST (sample)")
     'scenes_sample'
     """
-    known = {"easy-vqa-llava": "easy_vqa", "scenes-llava": "scenes", "llava-hf/llava-1.5-7b-hf": "vqav2"}
-    return known.get(model, slug(model)) + "_sample" * ("sample" in data)
+    known, name = {"easy-vqa-llava": "easy_vqa", "scenes-llava": "scenes", "llava-1.5-7b-hf": "vqav2"}, Path(model).name
+    return known.get(name, slug(name)) + "_sample" * ("sample" in data)
 
 
 def ablated(table: pd.DataFrame) -> pd.DataFrame:
