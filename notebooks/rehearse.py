@@ -76,20 +76,22 @@ FEWER: dict[str, dict[str, Any]] = {
     "50_questions": {"n_test": [2], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
     "55_channel_study": {"n_search": 4, "n_select": 4, "n_test": 4, "n_candidates": 2, "n_training": 4, "vqa": None},
     "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1, "n_talk": 2},
-    "65_privacy_study": {"n_public": 16, "n_test": 6, "n_judge": 16, "judge_epochs": 1.0, "judge_name": None,
+    "65_privacy_study": {"n_public": 16, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None,
                          "n_gradient": 1, "tv_weights": [0.3]},
 }  # fmt: skip
 
 
 def pictures(n: int, seed: int) -> list[Image.Image]:
-    """Coloured shapes on gradients, 320 x 240."""
+    """Coloured shapes on gradients, 320 x 240; every tenth has the same hue, so that there is something to learn."""
     rng = np.random.default_rng(seed)
     made = []
-    for _ in range(n):
-        corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+    for index in range(n):
+        light = rng.integers(160, 256, (2, 2, 2), dtype=np.uint8)
+        hue = np.full((2, 2, 1), 25 * (index % 10), np.uint8)
+        corners = Image.fromarray(np.concatenate([hue, light], axis=2), "HSV").convert("RGB")
         picture = corners.resize((320, 240), Image.Resampling.BICUBIC)
         draw = ImageDraw.Draw(picture)
-        for _ in range(rng.integers(1, 5)):
+        for _ in range(rng.integers(1, 3)):
             x, y, size = (int(value) for value in rng.integers((0, 0, 20), (260, 180, 120)))
             draw.ellipse((x, y, x + size, y + size), fill=tuple(int(value) for value in rng.integers(0, 256, 3)))
         made.append(picture)
@@ -108,8 +110,8 @@ def build_data(folder: Path, profile: str) -> None:
     info = ImageNetInfo("imagenet-1k")
     names = list(IMAGENETTE) if profile == "laptop" else [info.index_to_label_name(i) for i in range(1000)]
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
-    for seed, (split, n) in enumerate({"train": 40, "validation": 40}.items()):
-        rows = [{"image": picture, "label": i % len(names)} for i, picture in enumerate(pictures(n, seed))]
+    for seed, (split, n) in enumerate({"train": 80, "validation": 80}.items()):
+        rows = [{"image": picture, "label": i % 10} for i, picture in enumerate(pictures(n, seed))]
         write(folder / "images", split, rows, features)
     text, number = datasets.Value("string"), datasets.Value("int64")
     features = datasets.Features(

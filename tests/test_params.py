@@ -94,7 +94,7 @@ def test_a_rehearsal_has_the_profiles_words_small_numbers_and_data_like_the_hubs
         assert all(f"rehearsal/{profile}/" in params[name] for name in params if name in ("out_dir", "work_dir"))
     params = rehearse.values(profile, "10_inputs", tmp_path)
     images = load_images(params["dataset"], params["test_source"], path=params["data_path"])
-    assert (len(images), len(images.classes)) == (40, 1000)
+    assert (len(images), len(images.classes)) == (80, 1000)
     params = rehearse.values(profile, "50_questions", tmp_path)
     assert params["split"] == yaml.safe_load((ROOT / "params" / profile / "50_questions.yaml").read_text())["split"]
     asked = load_questions(params["source"], params["split"], path=params["data_path"])
