@@ -3,12 +3,15 @@
 Of a space of two cosine thresholds; importable by worker processes.
 """
 
+import math
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tokmerge.merging.policies import Threshold
 from tokmerge.search.space import policy_space
 
@@ -73,3 +76,34 @@ def mortal(log, die_at, configuration):
 
 def make_mortal(log, die_at):
     return partial(mortal, log, die_at)
+
+
+def rows_of(log, shard):
+    """The rows of a shard, noted in a log when they are done."""
+    time.sleep(0.02)
+    with Path(log).open("a") as lines:
+        lines.write(f"shard {shard.start}\n")
+    return pd.DataFrame({"id": range(shard.start, shard.stop)})
+
+
+def long_run(folder):
+    """A search, a grid, and rows in shards, all with what they keep on disk; the log says which evaluation ended."""
+    from tokmerge.evaluation import workers
+    from tokmerge.io import store
+    from tokmerge.io.cache import Cache
+    from tokmerge.models.configuration import Configuration
+    from tokmerge.search.baselines import measure_grid
+    from tokmerge.search.bayesian import Search, Settings
+
+    log, work = Path(folder) / "log", Path(folder) / "work"
+    log.parent.mkdir(exist_ok=True)
+    evaluate = workers.here(partial(mortal, log, math.inf))
+    quick = Settings(axis="kl", reference=REFERENCE, n_curve=2, n_sobol=3, restarts=1, raw_samples=8)
+    trials = Search(work, SPACE, quick, {}).run(evaluate, 8)
+    points = [SPACE.configuration({"tau_00": tau, "tau_01": 0.7}) for tau in np.linspace(0.6, 0.9, 10)]
+    grid = measure_grid(work, "grid", points, evaluate, {})
+    (rows,) = workers.evaluate_in_shards(
+        Cache(work, {}), [Configuration(None)], 60, 2, partial(rows_of, log), dict, description=None
+    )
+    found = {"trials": trials[["tau_00", "kl"]].to_dict("list"), "grid": grid.kl.tolist(), "rows": rows.id.tolist()}
+    store.save_json(found, Path(folder) / "result.json")

@@ -1,12 +1,16 @@
+import multiprocessing
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import ray
 import toy
 from tokmerge.evaluation import workers
+from tokmerge.io import store
 from tokmerge.io.cache import Cache
 from tokmerge.merging.policies import TopR
 from tokmerge.models.configuration import Configuration
@@ -135,3 +139,37 @@ def test_bad_workers_are_named(monkeypatch):
 def test_cores_are_shared_out(monkeypatch):
     monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
     assert [workers._threads(n) for n in (1, 3, 8, 20)] == [8, 2, 1, 1]
+
+
+def test_a_run_that_is_killed_at_ten_moments_does_nothing_twice_and_ends_as_one_that_is_not(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy", "tokmerge.search.baselines", "tokmerge.search.bayesian"])
+
+    def run(folder, seconds=None):
+        """Whether the run came to its end within some seconds; else it is killed."""
+        process = context.Process(target=toy.long_run, args=(folder,))
+        process.start()
+        process.join(seconds)
+        ended = not process.is_alive()
+        process.kill()
+        process.join()
+        return ended
+
+    assert run(tmp_path / "warm")
+    begin = time.monotonic()
+    assert run(tmp_path / "whole")
+    took, folders = time.monotonic() - begin, [tmp_path / "0"]
+    expected = store.load_json(tmp_path / "whole" / "result.json")
+    n_done, kills = len((tmp_path / "whole" / "log").read_text().splitlines()), {folders[0]: 0}
+    for moment in np.random.default_rng(0).uniform(0.05, 0.6, 10):
+        if run(folders[-1], moment * took):
+            folders.append(tmp_path / str(len(folders)))
+            kills[folders[-1]] = 0
+        else:
+            kills[folders[-1]] += 1
+    assert run(folders[-1])
+    assert sum(kills.values()) >= 5
+    for folder in folders:
+        assert store.load_json(folder / "result.json") == expected
+        # Only the evaluation that a kill fell into may have to be done again.
+        assert n_done <= len((folder / "log").read_text().splitlines()) <= n_done + kills[folder]
