@@ -76,8 +76,7 @@ FEWER: dict[str, dict[str, Any]] = {
     "50_questions": {"n_test": [2], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
     "55_channel_study": {"n_search": 4, "n_select": 4, "n_test": 4, "n_candidates": 2, "n_training": 4, "vqa": None},
     "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1, "n_talk": 2},
-    "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None,
-                         "n_gradient": 1, "tv_weights": [0.3]},
+    "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None},
 }  # fmt: skip
 
 
