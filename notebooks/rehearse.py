@@ -3,7 +3,7 @@
 Models have their real size (a language model two layers) and random weights; data sets have the hub's columns and
 files and a few synthetic pictures; notebooks get the profile's words (models, splits, precisions, what is left out)
 and the small numbers of their own first cells. Nothing that comes out says anything about merging: it shows that
-shapes fit, that files are written and read, that memory suffices, and how long an image takes on this machine.
+shapes fit, that files are written and read, that memory suffices, and how long each notebook takes with so little.
 """
 
 import argparse

@@ -15,6 +15,8 @@ def open_hub(
 ) -> tuple[Row, list[Row], Callable[[int], Iterator[Row]]]:  # fmt: skip
     """The features, all rows of some columns, and a stream of whole rows, whose images are still encoded.
 
+    A set whose files a script of its own makes, which is not run, comes from the copy that the hub keeps of it in parquet.
+
     Args:
         name: of the set, or a local folder.
         split: its part; ``validation[:1000]`` for the first rows only, of which alone anything is fetched.
@@ -22,8 +24,7 @@ def open_hub(
         check: raises if the features (by column) are not those needed.
         remedy: what the message of an error ends with.
         config: of sets that have several.
-        keep: fetch the set once, into the hub's cache, instead of streaming it whenever it is read. A set whose files
-            a script of its own makes, which is not run, comes from the copy that the hub keeps of it in parquet.
+        keep: fetch the set once, into the hub's cache, instead of streaming it whenever it is read.
 
     Raises:
         DataError: no access, no such data, or a wrong schema.
