@@ -15,7 +15,7 @@ def open_hub(
 ) -> tuple[Row, list[Row], Callable[[int], Iterator[Row]]]:  # fmt: skip
     """The features, all rows of some columns, and a stream of whole rows, whose images are still encoded.
 
-    A set whose files a script of its own makes, which is not run, comes from the copy that the hub keeps of it in parquet.
+    A set whose files a script of its own makes, which is not run, comes from the copy that the hub keeps in parquet.
 
     Args:
         name: of the set, or a local folder.
