@@ -13,12 +13,13 @@ export DVC_NO_ANALYTICS := 1
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: help setup repro verify site test test-browser test-gpu rehearse fuzz lab bench scale studies lint lock audit clean
+.PHONY: help setup repro verify site executed test test-browser test-gpu rehearse fuzz lab bench scale studies lint lock audit clean
 
 help:
 	@echo "make repro         rebuild every result and figure (PROFILE=smoke: minutes, laptop or paper: docs/)"
 	@echo "make verify        compare the rebuilt numbers with the committed ones; fails if one moved too far"
 	@echo "make site          a static site from executed notebooks, figures and docstrings: results/site/index.html"
+	@echo "make executed      docs/executed from what was executed since (after make repro; studies: PROFILE=smoke as well)"
 	@echo "make test          lint, types, unit tests, every notebook with its smoke values"
 	@echo "make test-browser  the site and JupyterLab in a headless Chromium"
 	@echo "make test-gpu      engine, LLaVA, channel and attackers on a GPU against the CPU"
@@ -61,6 +62,9 @@ site: $(READY) executed/embedded/00_tour.ipynb
 	python -m sphinx -q -c docs -d results/site.doctrees -w results/warnings.txt results/site.source results/site.new
 	mv results/warnings.txt results/site.new/
 	rm -rf results/site && mv results/site.new results/site
+
+executed: $(READY) executed/embedded/00_tour.ipynb
+	python docs/trim.py
 
 # The tour makes no table, so it is no stage.
 executed/embedded/00_tour.ipynb: notebooks/00_tour.ipynb

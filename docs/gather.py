@@ -1,7 +1,7 @@
 """`python docs/gather.py PROFILE FOLDER`: collect what the site shows, each file where it lies in the repository.
 
-So links between texts hold. Notebooks are the executed ones; one that was not, not whole, or not in its present version
-says so, and which command helps.
+So links between texts hold. Notebooks are the executed ones, or else those that ship in docs/executed; one that was not
+executed, not whole, or not in its present version says so, and which command helps.
 """
 
 import json
@@ -30,13 +30,16 @@ def gather(root: Path, profile: str, to: Path) -> None:
     if not (root / figures / "claims.md").is_file():
         raise FileNotFoundError(f"{figures} has no claims.md: {remedy(root, '91_claims', profile)} writes it")
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(root / "docs", to / "docs", ignore=shutil.ignore_patterns("index.md", "*.py", "*.css", "_*"))
+    elsewhere = shutil.ignore_patterns("index.md", "*.py", "*.css", "_*", "executed")
+    shutil.copytree(root / "docs", to / "docs", ignore=elsewhere)
     shutil.copytree(root / figures, to / "figures")
     for name in TEXTS:
-        shutil.copy(root / name, to)
+        (to / Path(name).name).write_text((root / name).read_text().replace("](docs/executed/", "](notebooks/"))
     (to / "notebooks").mkdir()
     for path in (root / "notebooks").glob("*.ipynb"):
         executed = root / "executed" / profile / path.name
+        if not executed.is_file() and profile == "embedded":
+            executed = root / "docs" / "executed" / path.name
         nbformat.write(shown(path, executed, remedy(root, path.stem, profile)), to / "notebooks" / path.name)
     numbers = json.loads((to / "figures" / "numbers.json").read_text())
     with (to / "docs" / "numbers.md").rename(to / "figures" / "numbers.md").open("a") as page:

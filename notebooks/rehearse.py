@@ -70,12 +70,15 @@ FEWER: dict[str, dict[str, Any]] = {
     "35_images_study": {"n_images": 4, "n_select": 6, "n_test": 6, "n_budget": 4, "shard_size": 4, "seeds": [0],
                         "more_seeds": []},
     "36_search_study": {"n_long": 6, "sizes": [], "n_select": 6},
-    "40_images": {"n_test": 8, "n_baseline": 4, "n_head": 4, "rounds": 1, "shard_size": 4, "batch_size": 4},
+    "40_images": {"n_test": 8, "rounds": 1, "shard_size": 4, "batch_size": 4},
+    "41_baselines": {"n_baseline": 4, "n_head": 4, "batch_size": 4},
     "45_questions_study": {"n_search": [1], "n_select": [1], "n_test": [1], "n_calibration": 1, "n_trials": 4,
                            "n_sobol": 3, "n_grid": 2, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32"},
     "50_questions": {"n_test": [2], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
     "55_channel_study": {"n_search": 4, "n_select": 4, "n_test": 4, "n_candidates": 2, "n_training": 4, "vqa": None},
-    "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1, "n_talk": 2},
+    "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1},
+    "61_link_adaptation": {"n_select": 4, "n_test": 6},
+    "62_device_and_server": {"n_talk": 2},
     "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None},
 }  # fmt: skip
 

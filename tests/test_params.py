@@ -48,8 +48,11 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
         "30_search",
         "35_images_study",
         "40_images",
+        "41_baselines",
         "55_channel_study",
         "60_channel",
+        "61_link_adaptation",
+        "62_device_and_server",
         "65_privacy_study",
         "70_privacy",
     }

@@ -19,9 +19,13 @@ WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/p
 
 @pytest.fixture
 def root(tmp_path):
-    """A copy of what a site is made of, with three executed notebooks: whole, stopped half-way, and an older one."""
+    """A copy of what a site is made of, with three executed notebooks (whole, stopped half-way, and an older one), and
+    one that ships executed."""
     for name in ("notebooks", "figures", "params", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    for path in (tmp_path / "docs" / "executed").glob("*.ipynb"):
+        if path.stem != "35_images_study":
+            path.unlink()
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "NOTICE"):
         shutil.copy(ROOT / name, tmp_path / name)
     stages = {
@@ -65,10 +69,25 @@ def test_all_is_collected_where_links_look_for_it_and_what_is_missing_says_so(ro
     assert "Not executed here: `make lab` (run all cells) does that." in told["00_tour"]
     assert "Its execution ended before the last cell: `make repro` goes on." in told["20_merging"]
     assert "{warning}" not in told["10_inputs"]
+    assert "{warning}" not in told["35_images_study"], "the copy that ships"
+    assert '"execution_count": 1,' in told["35_images_study"]
     assert "cell 0" in told["10_inputs"]
     assert "a progress bar" not in told["10_inputs"]
     page, numbers = (site / "figures" / "numbers.md").read_text(), (ROOT / "figures" / "numbers.json").read_text()
     assert all(f"| `{key}` | {value} |" in page for key, value in json.loads(numbers).items())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_executed_copy_that_ships_is_whole_and_of_this_version(path):
+    copy = ROOT / "docs" / "executed" / path.name
+    assert copy.stat().st_size < 1_000_000
+    assert str(ROOT) not in copy.read_text()
+    ran = [cell for cell in nbformat.read(copy, as_version=4).cells if cell.id != "note"]
+    own = [cell.source for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
+    assert own == [cell.source for cell in nbformat.read(path, as_version=4).cells], "run it, then `make executed`"
+    code = [cell for cell in ran if cell.cell_type == "code" and cell.source]
+    assert all(cell.execution_count for cell in code)
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
 
 
 def test_without_figures_one_line_names_the_command(root):

@@ -1,4 +1,4 @@
-"""JupyterLab as a reader uses it: open the tour, run it, move a slider."""
+"""JupyterLab as a reader uses it: run the tour and move a slider; step through inputs, search, images, channel."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from urllib.request import Request, urlopen
 
 import pytest
 from tokmerge.io import paths
@@ -23,6 +24,9 @@ def lab(tmp_path_factory):
     settings = home / "settings" / "@jupyterlab"
     (settings / "docmanager-extension").mkdir(parents=True)
     (settings / "docmanager-extension" / "plugin.jupyterlab-settings").write_text('{"autosave": false}')
+    # Every cell is on the page, however long the notebook.
+    (settings / "notebook-extension").mkdir(parents=True)
+    (settings / "notebook-extension" / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     (settings / "apputils-extension").mkdir(parents=True)
     (settings / "apputils-extension" / "notification.jupyterlab-settings").write_text(
         json.dumps({"fetchNews": "false", "checkForUpdates": False})
@@ -52,16 +56,50 @@ def lab(tmp_path_factory):
         log.close()
 
 
-@pytest.mark.parametrize("page", [{"viewport": {"width": 1400, "height": 1000}}], indirect=True)
-def test_tour_runs_shows_its_figures_and_follows_the_sliders(lab, page):
-    before = TOUR.read_bytes()
-    page.set_default_timeout(180_000)
-    page.goto(f"{lab}/lab/tree/notebooks/00_tour.ipynb")
+def run_all(lab, page, name, said):
+    """Open a notebook in a workspace of its own, run all of its cells, and wait until its takeaway says so."""
+    page.set_default_timeout(240_000)
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/notebooks/{name}.ipynb")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # told to run any earlier, it does not
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-    page.locator(".jp-OutputArea-output", has_text=re.compile(r"At threshold [\d.]+ the 3 photos keep")).wait_for()
+    page.locator(".jp-OutputArea-output", has_text=re.compile(said)).wait_for()
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_left(lab):
+    """A kernel that idles keeps its memory and threads."""
+    yield
+    with urlopen(f"{lab}/api/sessions") as answer:
+        sessions = json.load(answer)
+    for session in sessions:
+        urlopen(Request(f"{lab}/api/sessions/{session['id']}", method="DELETE")).close()
+
+
+# In their order: what one reads, one before it writes.
+@pytest.mark.parametrize(
+    ("name", "said", "figures"),
+    [
+        ("10_inputs", r"images of .* reaches top-1 [\d.]+%", 1),
+        ("30_search", r"\d+ trials on \d+ search images of .*: hypervolume", 2),
+        ("40_images", r"test images of .*, unmerged top-1 [\d.]+%", 1),
+        ("60_channel", r"Adaptive tokens over cut-off ones there", 1),
+    ],
+)
+def test_a_reader_steps_through(lab, page, name, said, figures):
+    notebook = ROOT / "notebooks" / f"{name}.ipynb"
+    before = notebook.read_bytes()
+    run_all(lab, page, name, said)
+    assert page.locator(".jp-OutputArea-output img").count() == figures
+    assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
+    assert notebook.read_bytes() == before, "nothing was saved"
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 1400, "height": 1000}}], indirect=True)
+def test_tour_runs_shows_its_figures_and_follows_the_sliders(lab, page):
+    before = TOUR.read_bytes()
+    run_all(lab, page, "00_tour", r"At threshold [\d.]+ the 3 photos keep")
 
     widths = page.evaluate(
         "Array.from(document.querySelectorAll('.jp-OutputArea-output > img'), image => image.naturalWidth)"

@@ -55,7 +55,7 @@ def draw_trace(ax: Axes, table: pd.DataFrame, score_name: str = "top-1") -> None
 def draw_channel(
     link: pd.DataFrame, trace: pd.DataFrame, facts: Mapping[str, Any], score_name: str = "top-1"
 ) -> Figure:
-    """`draw_link` beside `draw_trace`, with what they say in the titles; facts are 60_channel's channel.json."""
+    """`draw_link` beside `draw_trace`, with what they say in the titles; facts are those of both."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
     draw_link(left, link, score_name)
     left.set_title(
