@@ -16,7 +16,6 @@ from tokmerge.io.cache import Cache
 from tokmerge.merging.policies import Threshold, TopR
 from tokmerge.models import llava, tiny_llava
 from tokmerge.models.configuration import Configuration, LlavaConfiguration
-from tokmerge.models.llava import patch_llava
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,7 @@ def test_agrees_with_the_plain_run(objective):
 def test_thresholds_lose_the_mean_rates_in_the_tower(objective):
     rates = [3.0] + [0.0] * (objective.depth - 1)
     thresholds = thresholds_for_rates(objective.encode, rates)
-    table, _ = objective.run(patch_llava(objective.model, LlavaConfiguration(thresholds)))
-    whole = objective.unmerged[0].tokens
+    table, whole = objective.compare(LlavaConfiguration(thresholds)), objective.unmerged.tokens
     images = [question.image_id for question in objective.questions.questions]
     lost = (whole - table.tokens).groupby(images).first()
     assert lost.mean() == pytest.approx(3, abs=0.5)
@@ -64,7 +62,7 @@ def test_compare_by_hand():
     p, q = torch.tensor([[0.5, 0.5]] * 2).log(), torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
     kl = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2
     hand = {"score_drop": 0.5, "macs_ratio": 0.375, "bytes_ratio": 0.375, "kl": kl, "root_kl": kl**0.5}
-    found = vqa_objective.compare_answers((less, q), (base, p))
+    found = vqa_objective.summarise_comparison(vqa_objective.compare_answers((less, q), (base, p)))
     assert {name: found[name] for name in hand} == pytest.approx(hand)
 
 
@@ -127,6 +125,22 @@ def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
     whole = vqa.answer_questions(merged, task.processor, task.test, template=vqa.LLAVA_TEMPLATE, **options)
     (table,) = workers.evaluate_in_shards(Cache(tmp_path, {}), [point], 16, size, task, make, n_workers)
     pd.testing.assert_frame_equal(table, whole)
+
+
+def test_batches_that_others_answer_say_what_this_process_says(folder, tmp_path):
+    name = str(folder / "tiny-llava")
+    where = {"source": "vqav2", "path": str(folder / "vqav2"), "batch_size": 3, "max_new_tokens": 3}
+    sizes, point = {name: (1, 1, None)}, LlavaConfiguration(TopR(5), positions="first", weights="size")
+    asked = vqa_objective.load_objectives(sizes, **where)
+    mine = {split: (objective.compare(point), objective(point)) for split, objective in asked[name].items()}
+    others = vqa_objective.load_objectives(sizes, **where)
+    load = partial(vqa_objective.load_part_of, sizes, **where)
+    with workers.start(partial(vqa_objective.part_of, others), load, n_workers=2) as run:
+        vqa_objective.spread(others, run)
+        for split, (table, measured) in mine.items():
+            pd.testing.assert_frame_equal(others[name][split].compare(point), table)
+            assert others[name][split](point) == measured
+            assert others[name][split].about == asked[name][split].about
 
 
 def test_a_model_without_questions_is_named(folder):

@@ -4,7 +4,7 @@ A search measures the official accuracy, compute and bytes, relative to the unme
 question by question, as `tokmerge.evaluation.objective` does, whose names the measurements have.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -21,15 +21,15 @@ from tokmerge.data.easy_vqa import load_easy_vqa
 from tokmerge.data.image_sets import DataError
 from tokmerge.data.questions import Question, QuestionSet
 from tokmerge.data.registry import load_questions
-from tokmerge.evaluation import image_codecs, vqa
+from tokmerge.evaluation import image_codecs, vqa, workers
 from tokmerge.evaluation.objective import root_of
 from tokmerge.evaluation.vqa import QuestionBatch
-from tokmerge.evaluation.workers import Shard
+from tokmerge.evaluation.workers import Done, Run, Shard
 from tokmerge.merging.calibration import Calibration
 from tokmerge.merging.matching import Policy
 from tokmerge.models import llava, tiny_llava
-from tokmerge.models.configuration import Configuration
-from tokmerge.models.llava import MergedLlava, patch_llava
+from tokmerge.models.configuration import Configuration, LlavaConfiguration
+from tokmerge.models.llava import patch_llava
 
 
 @dataclass
@@ -40,6 +40,7 @@ class QuestionObjective:
         model, processor: transformers' LlavaForConditionalGeneration and LlavaProcessor.
         questions: the questions, those about one image side by side.
         template, batch_size, max_new_tokens: as of `tokmerge.evaluation.vqa.answer_questions`.
+        evaluate: does `part` for every batch, in this process by default; see `spread`.
     """
 
     model: Any
@@ -48,7 +49,9 @@ class QuestionObjective:
     template: str = vqa.LLAVA_TEMPLATE
     batch_size: int = 256
     max_new_tokens: int = 4
+    evaluate: Run | None = None
     _measured: dict[Configuration, dict[str, float]] = field(default_factory=dict)
+    _unmerged: dict[int, tuple[pd.DataFrame, Tensor]] = field(default_factory=dict)
 
     def __call__(self, configuration: Configuration) -> dict[str, float]:
         """Means over the questions and their standard errors (``<name>_sem``).
@@ -59,8 +62,7 @@ class QuestionObjective:
             n_questions.
         """
         if configuration not in self._measured:
-            merged = patch_llava(self.model, configuration)
-            self._measured[configuration] = compare_answers(self.run(merged), self.unmerged)
+            self._measured[configuration] = summarise_comparison(self.compare(configuration))
         return dict(self._measured[configuration])
 
     @cached_property
@@ -69,25 +71,38 @@ class QuestionObjective:
         return list(vqa.question_batches(self.processor, self.questions, self.template, self.batch_size))
 
     @cached_property
-    def unmerged(self) -> tuple[pd.DataFrame, Tensor]:
-        """What the unmerged model does, as `run` gives it."""
-        return self.run(llava.patch(self.model, None))
+    def unmerged(self) -> pd.DataFrame:
+        """What the unmerged model does, as `compare` gives it."""
+        return self.compare(LlavaConfiguration(None))
 
     @property
     def about(self) -> dict[str, float]:
         """What measurements depend on: the number of questions, and what the unmerged model does with them."""
-        summary = vqa.summarise_answers(self.unmerged[0])
+        summary = vqa.summarise_answers(self.unmerged)
         return {name: summary[name] for name in ("n_questions", "accuracy", "macs")}
 
+    def compare(self, configuration: Configuration) -> pd.DataFrame:
+        """A row per question, as `vqa.answer_questions` gives them, with the columns of `compare_answers`."""
+        jobs = {index: (configuration, index) for index in range(len(self.batches))}
+        parts = workers.results(self.evaluate or workers.here(self.part), jobs)
+        return pd.concat(list(parts.values()), ignore_index=True)
+
+    def part(self, job: tuple[Configuration, int]) -> pd.DataFrame:
+        """`compare`'s rows of one batch, named by its place."""
+        configuration, index = job
+        nothing = LlavaConfiguration(None)
+        if index not in self._unmerged:
+            self._unmerged[index] = self._answer(nothing, index)
+        base = self._unmerged[index]
+        return compare_answers(base if configuration == nothing else self._answer(configuration, index), base)
+
     @torch.inference_mode()
-    def run(self, merged: MergedLlava) -> tuple[pd.DataFrame, Tensor]:
-        """A row per question, as `vqa.answer_questions` gives them; log-probabilities of the first answer token."""
-        tables, first = [], []
-        for table, record in vqa.answer_batches(merged, self.processor, self.batches, self.max_new_tokens):
-            assert record.scores is not None
-            first.append(record.scores.double().log_softmax(1).cpu())
-            tables.append(table)
-        return pd.concat(tables, ignore_index=True), torch.cat(first)
+    def _answer(self, configuration: Configuration, index: int) -> tuple[pd.DataFrame, Tensor]:
+        """The answers to a batch, and log-probabilities of their first tokens."""
+        merged = patch_llava(self.model, configuration)
+        ((table, record),) = vqa.answer_batches(merged, self.processor, [self.batches[index]], self.max_new_tokens)
+        assert record.scores is not None
+        return table, record.scores.double().log_softmax(1).cpu()
 
     @torch.inference_mode()
     def encode(self, policy: Policy, n_questions: int | None = None, output: bool = False) -> None:
@@ -114,20 +129,30 @@ class QuestionObjective:
         return llava.patch(self.model, None).tower.depth
 
 
-def compare_answers(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.DataFrame, Tensor]) -> dict[str, float]:
-    """Means and standard errors of what a merged model did against the unmerged one, question by question."""
+def compare_answers(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.DataFrame, Tensor]) -> pd.DataFrame:
+    """The merged model's answers with what they lost and saved against the unmerged model's, question by question.
+
+    Args:
+        merged, unmerged: answers, and (n, vocabulary) log-probabilities of their first tokens.
+
+    Returns:
+        The merged answers with score_drop, kl, macs_ratio, tokens_ratio and bytes_ratio.
+    """
     (table, log_q), (base, log_p) = merged, unmerged
-    columns = {
-        "accuracy": table.accuracy,
-        "score_drop": base.accuracy - table.accuracy,
-        "kl": pd.Series((log_p.exp() * (log_p - log_q)).sum(1).numpy()),
-        "macs_ratio": table.macs / base.macs,
-        "tokens_ratio": table.tokens / base.tokens,
-        "bytes_ratio": table.payload_bytes / base.payload_bytes,
-    }
-    measured = {"n_questions": float(len(table))}
-    for name, values in columns.items():
-        measured |= {name: float(values.mean()), f"{name}_sem": float(values.sem())}
+    return table.assign(
+        score_drop=base.accuracy - table.accuracy,
+        kl=(log_p.exp() * (log_p - log_q)).sum(1).numpy(),
+        macs_ratio=table.macs / base.macs,
+        tokens_ratio=table.tokens / base.tokens,
+        bytes_ratio=table.payload_bytes / base.payload_bytes,
+    )
+
+
+def summarise_comparison(rows: pd.DataFrame) -> dict[str, float]:
+    """Means and standard errors of what `compare_answers` says of every question."""
+    measured = {"n_questions": float(len(rows))}
+    for name in ("accuracy", "score_drop", "kl", "macs_ratio", "tokens_ratio", "bytes_ratio"):
+        measured |= {name: float(rows[name].mean()), f"{name}_sem": float(rows[name].sem())}
     return measured | root_of("kl", measured["kl"], measured["kl_sem"])
 
 
@@ -242,6 +267,53 @@ def load_task(
         test = select_images(test, n_test)
     options = {"template": vqa.prompt_template(processor), **options}
     return Task(Path(name).name, model, processor, search, select, test, options)
+
+
+Objectives = Mapping[str, Mapping[str, QuestionObjective]]
+
+
+def load_objectives(sizes: Mapping[str, tuple[int, int, int | None]], **given: Any) -> Objectives:
+    """The objectives of models by name, each on its search, its select and its test questions.
+
+    Args:
+        sizes: search, select and test images of every model.
+        **given: as of `load_task`.
+
+    Raises:
+        ValueError: an image is in two splits.
+    """
+    found: dict[str, dict[str, QuestionObjective]] = {}
+    for name, images in sizes.items():
+        task = load_task(name, *images, **given)
+        parts = {"search": task.search, "select": task.select, "test": task.test}
+        owners = [{(part.split, question.image_id) for question in part.questions} for part in parts.values()]
+        if sum(map(len, owners)) != len(set.union(*owners)):
+            raise ValueError(f"two splits of {task.test.name} share an image")
+        found[name] = {split: QuestionObjective(task.model, task.processor, part, **task.options)
+                       for split, part in parts.items()}  # fmt: skip
+    return found
+
+
+def part_of(objectives: Objectives, job: tuple[str, str, Configuration, int]) -> pd.DataFrame:
+    """`QuestionObjective.part` of a model and a split."""
+    name, split, configuration, index = job
+    return objectives[name][split].part((configuration, index))
+
+
+def load_part_of(sizes: Mapping[str, tuple[int, int, int | None]], **given: Any) -> Callable[[Any], pd.DataFrame]:
+    """`part_of` with what `load_objectives` loads; for workers, of plain values."""
+    return partial(part_of, load_objectives(sizes, **given))
+
+
+def spread(objectives: Objectives, run: Run) -> None:
+    """Have every batch answered by workers whose work is `load_part_of`'s."""
+    for name, splits in objectives.items():
+        for split, objective in splits.items():
+            objective.evaluate = partial(_run_with, run, (name, split))
+
+
+def _run_with(run: Run, which: tuple[str, str], jobs: Mapping[Any, Any]) -> Iterator[Done]:
+    return run({key: (*which, *job) for key, job in jobs.items()})
 
 
 def compressed(asked: QuestionSet, format: str, quality: int) -> tuple[QuestionSet, dict[str, int]]:

@@ -82,17 +82,36 @@ def map_pieces(
     """
     paths = {name: cache.path(name, ".parquet") for name in pieces}
     missing = {name: piece for name, piece in pieces.items() if not paths[name].exists()}
-    failed, quiet = [], description is None
     with start(work, factory, n_workers, ray_address) as run:
-        done = tqdm(run(missing), description, len(missing), unit="piece", mininterval=2, disable=quiet)
-        for name, result, _ in done:
-            if isinstance(result, Exception):
-                failed.append(f"{name}: {type(result).__name__}: {result}")
-            else:
-                store.save_table(result, paths[name])
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(missing)} pieces failed; the first: {failed[0]}")
+        results(run, missing, lambda name, table: store.save_table(table, paths[name]), description)
     return {name: store.load_table(path) for name, path in paths.items()}
+
+
+def results(
+    run: Run, jobs: Mapping[Any, Any], keep: Callable[[Any, Any], Any] | None = None, description: str | None = None
+) -> dict[Any, Any]:
+    """All results by key, in the order of the jobs.
+
+    Args:
+        run, jobs: what `start` gives, and what it is called with.
+        keep: called with every key and result as soon as it is there; what it returns stands for the result.
+        description: as of `map_pieces`.
+
+    Raises:
+        RuntimeError: a job failed; all others have been done.
+
+    >>> results(here(abs), {"a": -1, "b": 2})
+    {'a': 1, 'b': 2}
+    """
+    done, failed, quiet = {}, [], description is None
+    for key, result, _ in tqdm(run(jobs), description, len(jobs), unit="piece", mininterval=2, disable=quiet):
+        if isinstance(result, Exception):
+            failed.append(f"{key}: {type(result).__name__}: {result}")
+        else:
+            done[key] = keep(key, result) if keep else result
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} pieces failed; the first: {failed[0]}")
+    return {key: done[key] for key in jobs}
 
 
 @dataclass(frozen=True)
