@@ -3,7 +3,8 @@
 Models have their real size (a language model two layers) and random weights; data sets have the hub's columns and
 files and a few synthetic pictures; notebooks get the profile's words (models, splits, precisions, what is left out)
 and the small numbers of their own first cells. Nothing that comes out says anything about merging: it shows that
-shapes fit, that files are written and read, that memory suffices, and how long each notebook takes with so little.
+shapes fit, that files are written and read, that memory suffices, how long each notebook takes with so little, and what
+an image takes against what docs/scale.md counts for it.
 """
 
 import argparse
@@ -18,15 +19,18 @@ import datasets
 import nbformat
 import numpy as np
 import timm
+import tokmerge
 import torch
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from tokmerge.data.imagenet import IMAGENETTE
+from tokmerge.evaluation import vqa_objective, workers
 from tokmerge.evaluation.vqa import SHORT
 from tokmerge.io import notebook, paths, store
 from tokmerge.models import tiny_llava
+from tokmerge.models.configuration import LlavaConfiguration
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -175,6 +179,27 @@ def values(profile: str, stem: str, folder: Path) -> dict[str, Any]:
     return small
 
 
+def speeds(profile: str, folder: Path) -> None:
+    """Print what an image takes, unmerged, and what docs/scale.md would count for it on a core of its machine."""
+    table = store.load_table(paths.ASSETS / "scale" / "scale.parquet")
+    known = table[table.axis == "tokens"]
+    rate = torch.get_num_threads() * (known.macs / known.seconds).min()
+    vit = timm.create_model(VITS[profile]).eval()
+    task = vqa_objective.load_task(str(folder / "llava"), 1, 1, 1, source="vqav2-hub", path=str(folder / "vqav2"),
+                                   split="validation", dtype="float32", max_new_tokens=2)  # fmt: skip
+    model, images = tokmerge.patch(vit, None), torch.rand(4, 3, 224, 224)
+    one = workers.Shard(LlavaConfiguration(None), 0, 1)
+    works = {VITS[profile]: (4, lambda: model(images)[1].macs.sum().item()),
+             "LLaVA, one question": (1, lambda: task(one).macs.sum())}  # fmt: skip
+    for name, (n, work) in works.items():
+        work()
+        begin = time.monotonic()
+        with torch.inference_mode():
+            macs = work() / n
+        took = (time.monotonic() - begin) / n
+        print(f"{name}: {took:.2f} s an image; {macs / 1e9:.1f} G multiply-accumulates, counted as {macs / rate:.2f} s")
+
+
 def main() -> None:
     """Build the stand-ins, run the notebooks, say what each took."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -204,6 +229,7 @@ def main() -> None:
             sys.exit(f"{file.stem} failed: its cells are in {done}")
         most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         print(f"{file.stem:20s} {time.monotonic() - started:6.0f} s, at most {most:.1f} GB so far", flush=True)
+    speeds(given.profile, stand_ins)
     print(f"the {given.profile} profile in {(time.monotonic() - begin) / 60:.1f} minutes")
 
 
