@@ -23,22 +23,26 @@ LONGEST, COLOURS = 4000, 64  # characters of a text; of a figure
 
 
 def trimmed(source: Path, executed: Path, note: str) -> Any:
-    """An executed notebook without what only machines read.
+    """A notebook with its outputs, without what only machines read. Its texts may be newer than the run.
 
     Raises:
-        ValueError: it is not whole, or was executed from another version.
+        ValueError: the run did not come to its end, or its code was another.
     """
-    wanted = [cell.source for cell in nbformat.read(source, as_version=4).cells]
-    book = nbformat.read(executed, as_version=4)
-    own = [cell for cell in book.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    book = nbformat.read(source, as_version=4)
+    ran = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    given = [cell for cell in ran if "injected-parameters" in cell.metadata.get("tags", [])]
+    own = [cell for cell in ran if cell not in given]
     code = [cell for cell in book.cells if cell.cell_type == "code"]
-    if wanted != [cell.source for cell in own] or any(cell.execution_count is None for cell in code if cell.source):
+    if [cell.source for cell in own] != [cell.source for cell in code] or not all(cell.execution_count for cell in own):
         raise ValueError(f"{executed} is not {source} as it is now, or did not come to its end: run it again")
+    for cell, done in zip(code, own, strict=True):
+        cell.execution_count = done.execution_count
+        cell.outputs = [output for output in map(_output, done.outputs) if output]
+    for cell in given:
+        cell.id = "given"
+        book.cells.insert(book.cells.index(code[0]) + 1, cell)
     for cell in book.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
-    for cell in code:
-        cell.outputs = [output for output in map(_output, cell.outputs) if output]
-    book.metadata.pop("papermill", None)
     if note:
         book.cells.insert(1, nbformat.v4.new_markdown_cell(f"*{note}*", id="note"))
     return book

@@ -45,7 +45,7 @@ def test_draw_splits_has_a_line_per_method_and_the_smallest_good_image():
     _, axes = plt.subplots(1, 2)
     draw_splits(axes, pd.DataFrame(rows, columns=columns), sent, "photos")
     title = axes[0].get_title(loc="left") + axes[0].get_title()
-    assert title == "photos: after the last block 0.10 of the bytes"
+    assert title == "photos: the point of fewest MACs"
     assert [list(line.get_ydata()) for line in axes[0].lines[:4]] == [[1, 101, 201]] * 2 + [[1, 11, 21]] * 2
     assert axes[0].lines[4].get_ydata()[0] == 80
     assert len(axes[0].lines) == 5

@@ -24,7 +24,7 @@ OURS = (
 GROUPS = {
     "ours": OURS,
     "published": ("ToMe", "PiToMe", "ToFu", "AdaMerge", "DiffRate", "attention pruning", "DyMU"),
-    "cheap": (
+    "simple": (
         "ToMe on tokens",
         "size-aware ToMe",
         "one threshold",
@@ -96,14 +96,16 @@ def draw_answer(
 
 
 def draw_adaptivity(
-    axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame, where: str = "images"
-) -> None:
+    axes: Sequence[Axes], mine: pd.DataFrame, fixed: pd.DataFrame, unmerged: pd.DataFrame, where: str = "images",
+    rival: str = "fixed",
+) -> None:  # fmt: skip
     """What images cost, on three axes: how it spreads, how it follows the model's doubt, what it loses.
 
     Each table has a row per image, in the same order: columns macs and score, of ``unmerged`` also confidence.
+    ``rival`` names the method of ``fixed``, whose mean is not that of ``mine``.
     """
     tenth = 1 + pd.qcut(unmerged.confidence.rank(method="first"), min(10, len(unmerged)), labels=False)
-    for label, frame, color in (("adaptive", mine, "threshold"), ("fixed", fixed, "fixed r")):
+    for label, frame, color in (("adaptive", mine, "threshold"), (rival, fixed, "fixed r")):
         ratio, lost = frame.macs / unmerged.macs, 100 * (unmerged.score - frame.score)
         look: dict[str, Any] = {"color": COLORS[color], "label": label}
         if label == "adaptive":
@@ -139,9 +141,7 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame, 
         if len(fine):
             look = {"color": color, "label": f"{label}, within 0.5 points"}
             axes[0].axhline(fine.payload_bytes.min(), lw=1, ls="-.", **look)
-    last = splits[(splits.split_layer == splits.split_layer.max()) & (splits.precision == "float16")]
-    ends = last.groupby("method").payload_bytes.mean()
-    axes[0].set_title(f"{where}: after the last block {ends['ours'] / ends['unmerged']:.2f} of the bytes", fontsize=9)
+    axes[0].set_title(f"{where}: the point of fewest MACs", fontsize=9)
     axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
     legend_outside(axes[0], columns=3)
     for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):
@@ -168,7 +168,8 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
             color, marker = looks[group]
             ax.plot([row.low, row.high], [place, place], color=color, lw=2.5, alpha=0.35, solid_capstyle="butt")
             ax.plot(row.value, place, marker, color=color, ms=6, label=group)
-            loss = "not within" if row.value == 1 else f"{100 * row.score_drop:.1f} ± {100 * row.drop_ci95:.1f}"
+            lost = round(100 * row.score_drop, 1) + 0.0  # no minus before a zero
+            loss = "not within" if row.value == 1 else f"{lost:.1f} ± {100 * row.drop_ci95:.1f}"
             ax.annotate(loss, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         ax.set(yticks=range(len(ranked)), xlabel=AXIS_LABELS[str(cost)])
         ax.set_yticklabels(ranked.method, fontsize=8)
@@ -184,7 +185,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
     shared_legend(axes, columns=len(groups))
 
 
-def draw_gains(ax: Axes, gains: pd.DataFrame) -> None:
+def draw_gains(ax: Axes, gains: pd.DataFrame, score_name: str = "accuracy") -> None:
     """What adaptivity buys, with its 95 % interval: columns method, cost, against, gain and gain_ci95 (as shares)."""
     looks = {"same counts": (COLORS["threshold"], "o"), "window pooling": (COLORS["fixed r"], "s")}
     kept = {"macs_ratio": "fewest MACs", "bytes_ratio": "fewest bytes"}
@@ -198,13 +199,13 @@ def draw_gains(ax: Axes, gains: pd.DataFrame) -> None:
             label=f"against {against}: {pays}",
         )  # fmt: skip
     ax.axvline(0, color=COLORS["unmerged"], lw=0.8, ls="--")
-    ax.set(yticks=range(len(labels)), xlabel="gain of adaptivity (points of accuracy)")
+    ax.set(yticks=range(len(labels)), xlabel=f"gain of adaptivity (points of {score_name})")
     ax.set_yticklabels([f"{method}, {kept[cost]}" for method, cost in labels], fontsize=8)
     ax.invert_yaxis()
     legend_outside(ax)
 
 
-def draw_budgets(ax: Axes, budgets: pd.DataFrame) -> None:
+def draw_budgets(ax: Axes, budgets: pd.DataFrame, score_name: str = "accuracy") -> None:
     """What adaptivity buys as budgets shrink: columns method, macs_ratio, gain and gain_ci95 (as shares)."""
     colors = (COLORS["threshold"], COLORS["fixed r"], COLORS["accent"])
     looks = zip(budgets.groupby("method", sort=False), colors, "osD", strict=False)
@@ -215,5 +216,5 @@ def draw_budgets(ax: Axes, budgets: pd.DataFrame) -> None:
             label=method,
         )  # fmt: skip
     ax.axhline(0, color=COLORS["unmerged"], lw=0.8, ls="--")
-    ax.set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="gain over same counts\n(points of accuracy)")
+    ax.set(xlabel=AXIS_LABELS["macs_ratio"], ylabel=f"gain over same counts\n(points of {score_name})")
     legend_outside(ax, columns=2)

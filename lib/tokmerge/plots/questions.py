@@ -14,7 +14,7 @@ QUESTION_OURS = ("threshold", "local threshold")
 QUESTION_GROUPS = {
     "ours": QUESTION_OURS,
     "published": ("ToMe", "ToMe constant", "PiToMe", "DyMU", "PruMerge", "PruMerge+", "VisionZip", "FastV"),
-    "cheap": ("ToMe on tokens", "one threshold", "window pooling", "attention pruning", "attention, last layer",
+    "simple": ("ToMe on tokens", "one threshold", "window pooling", "attention pruning", "attention, last layer",
               "random pruning"),
 }  # fmt: skip
 

@@ -30,11 +30,7 @@ def draw_front(
         ax.scatter(front[x], front[y], s=22, color=COLORS["search"], label="Pareto front", zorder=3)
         ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS[y], xlim=(0, 1.02))
         ax.set_ylim(0, worst if y == axis else 1.02)
-    least = [part[part[axis] <= worst / 2].macs_ratio.min() for part in (front, grids)]
-    said = (
-        f"{where}: {AXIS_LABELS[axis].split('(')[0]} {worst / 2:g} at {least[0]:.2f} of the MACs, grids {least[1]:.2f}"
-    )
-    axes[0].set_title(said)
+    axes[0].set_title(where)
     shared_legend(axes, columns=4)
 
 
