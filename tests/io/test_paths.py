@@ -25,6 +25,17 @@ def test_outside_a_clone_is_an_error(tmp_path):
         paths.root(tmp_path)
 
 
+def test_fetched_files_lie_in_the_clone_or_in_the_users_cache(clone, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(clone)
+    assert paths.data() == clone / "data"
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(paths.data()) == "/somewhere/tokmerge"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/me")
+    assert str(paths.data()) == "/me/.cache/tokmerge"
+
+
 def test_a_missing_input_names_its_notebook(clone, monkeypatch):
     monkeypatch.chdir(clone)
     with pytest.raises(FileNotFoundError, match=r"results/x\.json: run notebooks/10_inputs\.ipynb first"):

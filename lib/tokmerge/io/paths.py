@@ -4,6 +4,7 @@ Notebooks run from their own folder (JupyterLab, nbval) or from anywhere (paperm
 is resolved against the repository root, found by walking up from the working directory.
 """
 
+import os
 from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -20,6 +21,14 @@ def root(start: Path | None = None) -> Path:
         if (folder / "dvc.yaml").is_file() and (folder / "notebooks").is_dir():
             return folder
     raise FileNotFoundError(f"{here} is in no clone of the repository: change into one and run again")
+
+
+def data() -> Path:
+    """Where fetched files are kept: the repository's data, or in no clone of it a folder of the user's cache."""
+    try:
+        return root() / "data"
+    except FileNotFoundError:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokmerge"
 
 
 def resolve(path: str | Path) -> Path:

@@ -72,7 +72,7 @@ def load_model(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -
         weights = Path(checkpoint or paths.ASSETS / "train_vit" / f"{SHIPPED[name]}.safetensors")
         load_weights(model, weights, vit_card(name)["sha256"] if checkpoint is None else None)
     elif name == SALIENCY_VIT:
-        model = load_saliency_vit(checkpoint, paths.root() / "data")
+        model = load_saliency_vit(checkpoint, paths.data())
     elif not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
         known = (
