@@ -1,4 +1,4 @@
-"""What is claimed, held against the numbers by rules that were written before the numbers were.
+"""What is claimed, held against the numbers by rules that were written first.
 
 params/claims.yaml cuts every claim into conditions on figures/numbers.json. A condition is met only if all of the
 number's interval is on the right side of its limit; a limit that is a number itself counts with its worst end. A claim
@@ -190,6 +190,31 @@ def adaptivity_numbers(prefix: str, gains: pd.DataFrame, method: str, which: str
             numbers[f"{prefix}.{name}.drop_pp"] = 100 * found.gain.iloc[0]
             numbers[f"{prefix}.{name}.drop_pp.ci95"] = 100 * found.gain_ci95.iloc[0]
     return numbers
+
+
+def with_step(
+    gain: Mapping[str, float], sweep: pd.DataFrame, family: str, over: str = "unmerged", slack: float = 0.01
+) -> dict[str, float]:
+    """A gain whose interval holds the step between SNRs as well: where between two of them a curve rises is not known.
+
+    Args:
+        gain: db, low and high, of `tokmerge.channel.comparison.cliff_gain_db`, whose arguments the others are.
+        sweep: columns snr_db, family, score.
+
+    >>> sweep = pd.DataFrame([(s, f, 0.9 * (s >= at)) for f, at in (("unmerged", 8), ("a", 4)) for s in (0, 4, 8)],
+    ...                      columns=["snr_db", "family", "score"])
+    >>> with_step({"db": 4.0, "low": 3.5, "high": 4.5}, sweep, "a")
+    {'db': 4.0, 'low': 0, 'high': 8}
+    """
+    curves = sweep.pivot(index="snr_db", columns="family", values="score").sort_index()
+    goal, ends = curves["unmerged"].iloc[-1] - slack, []
+    for name in (over, family):
+        there = (curves[name] >= goal).to_numpy()
+        if there[0] or not there.any():
+            return dict(gain)
+        ends.append(curves.index[there.argmax() - 1 : there.argmax() + 1].tolist())
+    (a, b), (c, d) = ends
+    return {**gain, "low": min(gain["low"], a - d), "high": max(gain["high"], b - c)}
 
 
 def gain_numbers(prefix: str, gains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -18,11 +18,12 @@ def test_a_link_figure_has_a_line_and_a_band_per_family():
 
 def test_the_titles_of_the_channel_say_what_it_gains():
     trace = pd.DataFrame({"kind": ["policy", "fixed"], "choice": ["adaptive", "a"], "score": 0.9, "latency_s": 0.1})
-    facts = {"dataset": "photos", "n_images": 1000, "uses": 3200, "gains": {"adaptive": {"db": 7.25}},
-             "gain_over_cut_off": {"db": 1.5}, "policy_gains_pp": {"adaptive": [0.42, 0.1]}}  # fmt: skip
+    gain, over = {"db": 7.25, "low": 1, "high": 9}, {"db": -1.5, "low": -2, "high": 1}
+    facts = {"dataset": "photos", "n_images": 1000, "uses": 3200, "gains": {"adaptive": gain},
+             "gain_over_cut_off": over, "policy_gains_pp": {"SNR known": [0.42, 0.1]}}  # fmt: skip
     left, right = (ax.get_title(loc="left") + ax.get_title() for ax in draw_channel(LINK, trace, facts).axes)
     assert left.startswith("photos, 1,000 test images, 3,200 channel uses each:")
-    assert "needs 7.2 dB less than unmerged, 1.5 less than cut off" in left
+    assert "adaptive gains +7.2 (+1.0 to +9.0) dB over unmerged, -1.5 (-2.0 to +1.0) over cut off" in left
     assert "+0.4 points over the best fixed choice" in right
 
 

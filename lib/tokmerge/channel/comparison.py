@@ -98,7 +98,7 @@ def cliff_gain_db(
     """How many decibels less a family needs than another where ``base`` falls off the cliff.
 
     The cliff is ``slack`` below what the base reaches at the largest SNR; each curve, linear between SNRs, is followed
-    upwards to where it first gets there.
+    upwards to where it first gets there. The interval is over images; `tokmerge.claims.with_step` adds the SNR step.
 
     Args:
         table: of one sweep, as `contest` gives it: columns snr_db, family, right.

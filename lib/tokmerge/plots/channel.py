@@ -56,17 +56,21 @@ def draw_channel(
     link: pd.DataFrame, trace: pd.DataFrame, facts: Mapping[str, Any], score_name: str = "top-1"
 ) -> Figure:
     """`draw_link` beside `draw_trace`, with what they say in the titles; facts are those of both."""
+
+    def said(gain: Mapping[str, Any]) -> str:
+        return f"{gain['db']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
+
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
     draw_link(left, link, score_name)
     left.set_title(
-        f"{facts['dataset']}, {facts['n_images']:,} test images, {facts['uses']:,} channel uses each:\nadaptive needs "
-        f"{facts['gains']['adaptive']['db']:.1f} dB less than unmerged, {facts['gain_over_cut_off']['db']:.1f} less "
-        "than cut off", fontsize=9,
+        f"{facts['dataset']}, {facts['n_images']:,} test images, {facts['uses']:,} channel uses each:\nadaptive gains "
+        f"{said(facts['gains']['adaptive'])} dB over unmerged, {said(facts['gain_over_cut_off'])} over cut off",
+        fontsize=9,
     )  # fmt: skip
     draw_trace(right, trace, score_name)
     right.set_title(
-        "a fading trace, one test image per slot: adaptive\n"
-        f"{facts['policy_gains_pp']['adaptive'][0]:+.1f} points over the best fixed choice", fontsize=9,
+        "a fading trace, one test image per slot: by the lookup table, SNR known,\n"
+        f"{facts['policy_gains_pp']['SNR known'][0]:+.1f} points over the best fixed choice", fontsize=9,
     )  # fmt: skip
     fig.tight_layout()
     return fig

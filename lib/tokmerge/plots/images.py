@@ -157,7 +157,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
 
     Args:
         axes: one for each cost.
-        chosen: rows of `tokmerge.evaluation.selection.summarise` with columns score_drop and drop_ci95.
+        chosen: rows of `tokmerge.evaluation.selection.summarise` with columns merged, score_drop and drop_ci95.
         groups: methods by the name of their group.
     """
     looks = dict(zip(groups, ((COLORS["threshold"], "o"), (COLORS["fixed r"], "s"), ("0.45", "^")), strict=False))
@@ -169,7 +169,7 @@ def draw_chosen(axes: Sequence[Axes], chosen: pd.DataFrame, groups: Mapping[str,
             ax.plot([row.low, row.high], [place, place], color=color, lw=2.5, alpha=0.35, solid_capstyle="butt")
             ax.plot(row.value, place, marker, color=color, ms=6, label=group)
             lost = round(100 * row.score_drop, 1) + 0.0  # no minus before a zero
-            loss = "not within" if row.value == 1 else f"{lost:.1f} ± {100 * row.drop_ci95:.1f}"
+            loss = f"{lost:.1f} ± {100 * row.drop_ci95:.1f}" if row.merged else "not within"
             ax.annotate(loss, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         ax.set(yticks=range(len(ranked)), xlabel=AXIS_LABELS[str(cost)])
         ax.set_yticklabels(ranked.method, fontsize=8)

@@ -88,7 +88,8 @@ def draw_leakage(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
         (across, up), low, high = ((row[part, x], row[part, y]) for part in ("value", "low", "high"))
         ax.errorbar(
             across, up, [[up - low[1]], [high[1] - up]], [[across - low[0]], [high[0] - across]],
-            fmt=marker, color=color, ms=6, elinewidth=0.7, label=f"{number}  {defence}",
+            fmt=marker, color=color, ms=6, elinewidth=0.7, markerfacecolor="none", label=f"{number}  {defence}",
+            zorder=4 if defence == "merged" else 3,
         )  # fmt: skip
         # Neighbours in the list are often neighbours in the picture.
         where = (5, 3) if number % 2 else (-5, -9)
@@ -99,7 +100,7 @@ def draw_leakage(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
 
 
 def draw_worst(ax: Axes, table: pd.DataFrame, metric: str, defences: Sequence[str]) -> None:
-    """A metric over all images and over the worst 5 %, a pair of bars per defence, from left to right.
+    """A metric over all images and over the 5 % that are rebuilt best, a pair of bars per defence, from left to right.
 
     Columns defence, metric, images ("all" or "worst"), value, low, high.
     """
@@ -107,7 +108,7 @@ def draw_worst(ax: Axes, table: pd.DataFrame, metric: str, defences: Sequence[st
     for offset, which, color in ((-0.2, "all", COLORS["threshold"]), (0.2, "worst", COLORS["accent"])):
         part = table[(table.metric == metric) & (table.images == which)].set_index("defence").loc[list(defences)]
         error = np.array([part.value - part.low, part.high - part.value])
-        label = "all images" if which == "all" else "the worst 5 %"
+        label = "all images" if which == "all" else "the 5 % rebuilt best"
         ax.bar(places + offset, part.value, 0.38, yerr=error, color=color, label=label, error_kw={"elinewidth": 0.7})
     ax.set_xticks(places, list(defences), rotation=35, ha="right", fontsize=8)
     ax.set_ylabel(LEAKAGE_LABELS[metric])
