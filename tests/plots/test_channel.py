@@ -22,8 +22,8 @@ def test_the_titles_of_the_channel_say_what_it_gains():
     facts = {"dataset": "photos", "n_images": 1000, "uses": 3200, "gains": {"adaptive": gain},
              "gain_over_cut_off": over, "policy_gains_pp": {"SNR known": [0.42, 0.1]}}  # fmt: skip
     left, right = (ax.get_title(loc="left") + ax.get_title() for ax in draw_channel(LINK, trace, facts).axes)
-    assert left.startswith("photos, 1,000 test images, 3,200 channel uses each:")
-    assert "adaptive gains +7.2 (+1.0 to +9.0) dB over unmerged, -1.5 (-2.0 to +1.0) over cut off" in left
+    assert left.startswith("photos, 1,000 test images, 3,200 channel uses each: adaptive\n")
+    assert "+7.2 (+1.0 to +9.0) dB over unmerged,\n-1.5 (-2.0 to +1.0) over cut off" in left
     assert "+0.4 points over the best fixed choice" in right
 
 

@@ -63,13 +63,13 @@ def draw_channel(
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
     draw_link(left, link, score_name)
     left.set_title(
-        f"{facts['dataset']}, {facts['n_images']:,} test images, {facts['uses']:,} channel uses each:\nadaptive gains "
-        f"{said(facts['gains']['adaptive'])} dB over unmerged, {said(facts['gain_over_cut_off'])} over cut off",
+        f"{facts['dataset']}, {facts['n_images']:,} test images, {facts['uses']:,} channel uses each: adaptive\n"
+        f"{said(facts['gains']['adaptive'])} dB over unmerged,\n{said(facts['gain_over_cut_off'])} over cut off",
         fontsize=9,
-    )  # fmt: skip
+    )
     draw_trace(right, trace, score_name)
     right.set_title(
-        "a fading trace, one test image per slot: by the lookup table, SNR known,\n"
+        "a fading trace, one test image per slot: by the lookup table,\nSNR known, "
         f"{facts['policy_gains_pp']['SNR known'][0]:+.1f} points over the best fixed choice", fontsize=9,
     )  # fmt: skip
     fig.tight_layout()
