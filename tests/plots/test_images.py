@@ -90,8 +90,9 @@ def test_draw_chosen_groups_methods_and_says_what_they_lose():
             for cost in ("macs_ratio", "bytes_ratio")
             for method, value in (("ToMe", 0.5), ("threshold", 0.4), ("fixed r", 1.0))]  # fmt: skip
     columns = ["method", "cost", "value", "low", "high", "score_drop", "drop_ci95"]
+    chosen = pd.DataFrame(rows, columns=columns)
     _, axes = plt.subplots(1, 2)
-    draw_chosen(axes, pd.DataFrame(rows, columns=columns), GROUPS)
+    draw_chosen(axes, chosen.assign(merged=chosen.value < 1), GROUPS)
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["threshold", "ToMe", "fixed r"]
     assert [line.get_xdata()[0] for line in axes[0].lines[1::2]] == [0.4, 0.5, 1.0]
     assert [text.get_text() for text in axes[0].texts[:3]] == ["0.4 ± 0.3", "0.4 ± 0.3", "not within"]
