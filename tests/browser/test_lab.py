@@ -40,7 +40,8 @@ def lab(tmp_path_factory):
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--ip=127.0.0.1", "--allow-root",
-               f"--notebook-dir={ROOT}", "--IdentityProvider.token=", "--ServerApp.password="]  # fmt: skip
+               f"--notebook-dir={ROOT}", "--IdentityProvider.token=", "--ServerApp.password=",
+               "--ServerApp.disable_check_xsrf=True"]  # fmt: skip
     log = (home / "log").open("w+")
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -81,7 +82,7 @@ def no_kernel_left(lab):
 @pytest.mark.parametrize(
     ("name", "said", "figures"),
     [
-        ("10_inputs", r"images of .* reaches top-1 [\d.]+%", 1),
+        ("10_inputs", r"images of .* reaches top-1 [\d.]+%", 2),
         ("30_search", r"\d+ trials on \d+ search images of .*: hypervolume", 2),
         ("40_images", r"test images of .*, unmerged top-1 [\d.]+%", 1),
         ("60_channel", r"Adaptive tokens over cut-off ones there", 1),
