@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from gather import WIDGET
 from PIL import Image
 from tokmerge.io import paths
 
@@ -52,7 +53,7 @@ def _output(output: Any) -> Any:
     if output.output_type == "stream":
         return _cut(output, "text") if output.name == "stdout" else None
     data = output.get("data", {})
-    if "application/vnd.jupyter.widget-view+json" in data:
+    if WIDGET in data:
         return None
     if "image/png" in data:
         data["image/png"] = _few_colours(data["image/png"])

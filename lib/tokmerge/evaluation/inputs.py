@@ -53,7 +53,7 @@ class Inputs:
         if split not in SPLITS[1:]:
             raise ValueError(f"unknown split {split!r}: use {', '.join(SPLITS[1:])}")
         params = self.facts["params"]
-        where = {"path": params["data_path"], "data_dir": paths.root() / "data"}
+        where = {"path": params["data_path"], "data_dir": paths.data()}
         images = load_images(params["dataset"], source_of(split, params), **where)
         wanted = set(self.splits.id[self.splits.split == split])
         part = image_sets.subset(images, [i for i, identifier in enumerate(images.ids) if identifier in wanted])

@@ -222,7 +222,7 @@ def public_images(inputs: Inputs, source: str, n: int, seed: int = 0) -> tuple[T
         ValueError: the split has not enough of them.
     """
     given = inputs.facts["params"]
-    images = load_images(given["dataset"], source, path=given["data_path"], data_dir=paths.root() / "data")
+    images = load_images(given["dataset"], source, path=given["data_path"], data_dir=paths.data())
     taken = set(inputs.splits.id[inputs.splits.split != "train"])
     free = [position for position, identifier in enumerate(images.ids) if identifier not in taken]
     if len(free) < n:
