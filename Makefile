@@ -19,7 +19,7 @@ help:
 	@echo "make repro         rebuild every result and figure (PROFILE=smoke: minutes, laptop or paper: docs/)"
 	@echo "make verify        compare the rebuilt numbers with the committed ones; fails if one moved too far"
 	@echo "make site          a static site from executed notebooks, figures and docstrings: results/site/index.html"
-	@echo "make executed      docs/executed from what was executed since (after make repro; studies: PROFILE=smoke as well)"
+	@echo "make executed      docs/executed from what was executed since (after make repro); studies are read, not run"
 	@echo "make test          lint, types, unit tests, every notebook with its smoke values"
 	@echo "make test-browser  the site and JupyterLab in a headless Chromium"
 	@echo "make test-gpu      engine, LLaVA, channel and attackers on a GPU against the CPU"
@@ -63,18 +63,20 @@ site: $(READY) executed/embedded/00_tour.ipynb
 	mv results/warnings.txt results/site.new/
 	rm -rf results/site && mv results/site.new results/site
 
-executed: $(READY) executed/embedded/00_tour.ipynb
+# The tour makes no table, so it is no stage; studies are stepped through as in JupyterLab: read, not run.
+STEPPED = $(patsubst notebooks/%,executed/embedded/%,notebooks/00_tour.ipynb $(wildcard notebooks/*_study*.ipynb))
+
+executed: $(READY) $(STEPPED)
 	python docs/trim.py
 
-# The tour makes no table, so it is no stage.
-executed/embedded/00_tour.ipynb: notebooks/00_tour.ipynb
-	sh notebooks/run.sh embedded 00_tour
+$(STEPPED): executed/embedded/%.ipynb: notebooks/%.ipynb
+	JPY_SESSION_NAME=$< sh notebooks/run.sh embedded $*
 
 # What is frozen, and passed over by `dvc repro`: run, and dvc.lock told what it read and wrote.
 studies: $(READY)
 	set -e; for study in $(STUDY); do \
 	  python -m tokmerge.preflight $(PROFILE) $$study; \
-	  sh notebooks/run.sh $(PROFILE) $$(basename notebooks/[0-9][0-9]_$$study.ipynb .ipynb); \
+	  for file in notebooks/[0-9][0-9]_$$study*.ipynb; do sh notebooks/run.sh $(PROFILE) $$(basename $$file .ipynb); done; \
 	  dvc commit -f $$study@$(PROFILE); \
 	done
 

@@ -1,7 +1,8 @@
 """`python docs/trim.py`: the executed notebooks that ship in docs/executed, where a git host shows them.
 
-Those of the embedded profile; studies, which take hours there, of the smoke profile, with a note. Outputs are trimmed:
-no progress bars, no warnings, long texts cut, figures in few colours. An older copy stays where none was executed.
+Those of the embedded profile, whose studies are read; trainings, which take hours there, of the smoke profile, with a
+note. Outputs are trimmed: no progress bars, no warnings, long texts cut, figures in few colours. An older copy stays
+where none was executed.
 """
 
 import base64
@@ -17,7 +18,7 @@ from tokmerge.io import paths
 
 PROFILES = {
     "embedded": "",
-    "smoke": "Executed with its smallest values, which show how it works and nothing else: the shipped tables are of "
+    "smoke": "Executed with its smallest values, which show how it works and nothing else: the shipped weights are of "
     "the embedded profile, and took hours.",
 }
 LONGEST, COLOURS = 4000, 64  # characters of a text; of a figure

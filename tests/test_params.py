@@ -47,6 +47,7 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
         "20_merging",
         "30_search",
         "35_images_study",
+        "37_images_study_adaptivity",
         "40_images",
         "41_baselines",
         "55_channel_study",

@@ -1,4 +1,4 @@
-"""JupyterLab as a reader uses it: run the tour and move a slider; step through inputs, search, images, channel."""
+"""JupyterLab as a reader uses it: run the tour, move a slider; step through notebooks and a study."""
 
 import json
 import os
@@ -68,14 +68,18 @@ def run_all(lab, page, name, said):
     page.locator(".jp-OutputArea-output", has_text=re.compile(said)).wait_for()
 
 
-@pytest.fixture(autouse=True)
-def no_kernel_left(lab):
+def end_kernels(lab):
     """A kernel that idles keeps its memory and threads."""
-    yield
     with urlopen(f"{lab}/api/sessions") as answer:
         sessions = json.load(answer)
     for session in sessions:
         urlopen(Request(f"{lab}/api/sessions/{session['id']}", method="DELETE")).close()
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_left(lab):
+    yield
+    end_kernels(lab)
 
 
 # In their order: what one reads, one before it writes.
@@ -95,6 +99,16 @@ def test_a_reader_steps_through(lab, page, name, said, figures):
     assert page.locator(".jp-OutputArea-output img").count() == figures
     assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
     assert notebook.read_bytes() == before, "nothing was saved"
+
+
+def test_a_study_that_is_done_is_read(lab, page):
+    for _ in range(2):
+        run_all(lab, page, "35_images_study", r"test images of .* Chosen on \d+ other images")
+        assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
+        said = page.locator(".jp-OutputArea-output", has_text="was made with these values, and is read").count()
+        assert page.locator(".jp-OutputArea-output", has_text=re.compile("all [\\d,]+ trials")).count() == 1
+        end_kernels(lab)
+    assert said == 1
 
 
 @pytest.mark.parametrize("page", [{"viewport": {"width": 1400, "height": 1000}}], indirect=True)

@@ -4,7 +4,7 @@ import sys
 
 import nbformat
 import pytest
-from tokmerge.io import notebook, paths
+from tokmerge.io import notebook, paths, store
 
 
 def test_parameters_are_what_the_notebook_declares():
@@ -43,6 +43,19 @@ def test_a_parameter_of_another_type_is_refused(declared, given, message):
         notebook.parameters({"In": ["", declared, f"# Parameters\n{given}"]})
     loose = {"In": ["", "a = 1.0\nb = None", "# Parameters\na = 1\nb = 'x'"], "a": 1, "b": "x"}
     assert notebook.parameters(loose) == {"a": 1, "b": "x"}
+
+
+def test_a_study_is_read_only_where_it_is_stepped_through_and_was_made_with_these_values(tmp_path, monkeypatch, capsys):
+    params = {"seeds": [0], "n_workers": 1, "out_dir": str(tmp_path), "added": None}
+    store.save_json({"params": {"seeds": [0], "n_workers": 8, "out_dir": "elsewhere"}}, tmp_path / "study.json")
+    assert not notebook.finished(str(tmp_path), params), "papermill runs it"
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/35_images_study.ipynb")
+    assert notebook.finished(str(tmp_path), params)
+    assert "is read" in capsys.readouterr().out
+    assert not notebook.finished(str(tmp_path), params, "adaptivity.parquet"), "half a study"
+    assert not notebook.finished(str(tmp_path), params | {"seeds": [0, 1]})
+    assert "another seeds: the study is run" in capsys.readouterr().out
+    assert not notebook.finished(str(tmp_path / "nothing"), params)
 
 
 @pytest.fixture

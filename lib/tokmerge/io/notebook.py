@@ -1,12 +1,12 @@
-"""What every notebook does first: read its parameters, and refuse the ones it does not know."""
+"""What every notebook does first: read its parameters, and refuse those it does not know; is a study to run at all?"""
 
 import ast
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from tokmerge.io import paths
+from tokmerge.io import paths, store
 
 INJECTED = "# Parameters"
 # Whose values a notebook takes that is stepped through in JupyterLab, which tells its kernels the notebook's path.
@@ -58,6 +58,28 @@ def parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
         if None not in (value, declared[name]) and type(value) not in ((kind, int) if kind is float else (kind,)):
             raise ValueError(f"{name} is {value!r}, a {type(value).__name__}: this notebook takes a {kind.__name__}")
     return {name: namespace[name] for name in declared}
+
+
+def finished(out_dir: str, params: Mapping[str, Any], table: str = "study.json") -> bool:
+    """Whether a study is read, not run: it is stepped through in JupyterLab, and was made with the same values.
+
+    Elsewhere, as in `make repro` and `make studies`, it is run. Folders may differ, and what does the work.
+
+    Args:
+        out_dir: the study's folder.
+        params: of this run; names that the study's record lacks are passed over.
+        table: that has to be there, where the record alone does not say so.
+    """
+    record = paths.resolve(out_dir) / "study.json"
+    if NOTEBOOK not in os.environ or not record.with_name(table).is_file() or not record.is_file():
+        return False
+    made, workers = store.load_json(record)["params"], ("n_workers", "ray_address")
+    other = [name for name, value in params.items() if made.get(name, value) != value and name not in workers]
+    if other := [name for name in other if not name.endswith("_dir")]:
+        print(f"{out_dir} was made with another {', '.join(other)}: the study is run")
+    else:
+        print(f"{out_dir} was made with these values, and is read; to run the study, give out_dir another folder")
+    return not other
 
 
 def literals(cell: str) -> dict[str, Any]:
