@@ -21,7 +21,7 @@ PROFILES = {
     "smoke": "Executed with its smallest values, which show how it works and nothing else: the shipped weights are of "
     "the embedded profile, and took hours.",
 }
-LONGEST, COLOURS = 4000, 256  # characters of a text; of a figure
+LONGEST, COLOURS = 4000, 192  # characters of a text; of a figure
 
 
 def trimmed(source: Path, executed: Path, note: str) -> Any:

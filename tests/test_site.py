@@ -80,7 +80,7 @@ def test_all_is_collected_where_links_look_for_it_and_what_is_missing_says_so(ro
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_executed_copy_that_ships_is_whole_and_of_this_version(path):
     copy = ROOT / "docs" / "executed" / path.name
-    assert copy.stat().st_size < 3_000_000
+    assert copy.stat().st_size < 2_000_000
     assert str(ROOT) not in copy.read_text()
     ran = [cell for cell in nbformat.read(copy, as_version=4).cells if cell.id != "note"]
     own = [cell.source for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
