@@ -108,6 +108,18 @@ def test_what_questions_have_alike_is_read_once(options, images):
             merged.generate(ids, seen, mask, max_new_tokens=6, alike=torch.tensor([0, 1, 1, 0, 2]))
 
 
+def test_what_is_alike_may_differ_by_rounding(images):
+    model = tiny.llava()
+    merged = adaptive(model, images, cut="tower")
+    ids, mask = tiny.padded([[1, 7, tiny.IMAGE_TOKEN, 9, 4], [1, 7, tiny.IMAGE_TOKEN, 6]])
+    seen = merged.encode_images(images[:1]).pick(torch.tensor([0, 0]))
+    expected = merged.generate(ids, seen, mask, alike=torch.tensor([0, 0]))[0]
+    model.model.multi_modal_projector.register_forward_hook(
+        lambda _, given, out: out * (1 + 1e-6 * torch.arange(len(out))[:, None])
+    )
+    assert torch.equal(merged.generate(ids, seen, mask, alike=torch.tensor([0, 0]))[0], expected)
+
+
 def test_placeholders_may_be_expanded_and_padded_on_either_side(images):
     merged = adaptive(tiny.llava(), images)
     expected = merged(IDS, images, MASK)[0]
