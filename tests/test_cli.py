@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import tokmerge
+import torch
 from conftest import build
 from tokmerge import cli
+from tokmerge.channel.device import Reply
+from tokmerge.channel.server import Responder
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -31,9 +34,31 @@ def test_a_served_model_answers_a_device_over_a_noisy_channel(end, capsys):
     assert "0 refused" in said
 
 
-def test_a_model_of_colours_takes_the_grey_sample():
+def of_colours():
     model = build()
     model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    return model
+
+
+@pytest.mark.parametrize(("name", "word"), [("fashion-vit", "right"), ("another", "as in one process")])
+def test_a_device_says_what_its_answers_are_held_against_and_why_one_was_refused(name, word, monkeypatch, capsys):
+    async def answers(arriving, host, port, identity):
+        served = Responder(tokmerge.patch(model, tokmerge.Threshold(0.9), split_layer=2), torch.zeros(1, 32))
+        scores = [one.numpy() for one in served.answer(arriving[1:])]
+        return [Reply(None, "too much of it", 0.1), *(Reply(one, "", 0.1) for one in scores)]
+
+    model = of_colours()
+    monkeypatch.setattr(cli.zoo, "load_model", lambda *_: model)
+    monkeypatch.setattr(cli, "request_answers", answers)
+    cli.main(["edge", "--model", name, "--split", "2", "--threshold", "0.9", "--images", "4", "--precision", "float32"])
+    said = capsys.readouterr().out
+    assert f"% {word}, 1 refused" in said
+    assert said.endswith("the first refusal: too much of it\n")
+    assert name == "fashion-vit" or (said.startswith("4 images") and "75.0% as in one process" in said)
+
+
+def test_a_model_of_colours_takes_the_grey_sample():
+    model = of_colours()
     batch = cli.sample_images(tokmerge.patch(model, None, split_layer=2), "test")
     assert batch.images.shape[1:] == (3, 32, 32)
 

@@ -109,7 +109,7 @@ async def run_server(given: argparse.Namespace) -> None:
 
 
 async def run_device(given: argparse.Namespace) -> None:
-    """Send images, print accuracy, bytes and latency."""
+    """Send images, print accuracy, bytes and latency, and why a payload was refused."""
     merged = load_merged(given, given.precision)
     batch = sample_images(merged, "test")
     sent = payloads(merged, batch.images[: given.images])
@@ -121,11 +121,19 @@ async def run_device(given: argparse.Namespace) -> None:
         uses = np.mean([scheme.blocks(len(payload)) * channel.uses(scheme) for payload in sent])
         over = f", {uses:,.0f} channel uses, {given.channel} at {given.snr:g} dB"
     replies = await request_answers(arriving, given.host, given.port, identity(merged))
+    # The sample's classes are one model's; others are held against themselves, whole and in one process.
+    labels, word = batch.labels[: given.images], "right"
+    if given.model != zoo.FASHION_VIT:
+        with torch.inference_mode():
+            labels, word = merged(batch.images[: given.images])[0].flatten(1).argmax(1), "as in one process"
     right = [reply.scores is not None and int(reply.scores.argmax()) == label
-             for reply, label in zip(replies, batch.labels[: given.images].tolist(), strict=True)]  # fmt: skip
+             for reply, label in zip(replies, labels.tolist(), strict=True)]  # fmt: skip
+    failures = [reply.failure for reply in replies if reply.scores is None]
     print(f"{len(sent)} images, {np.mean([len(payload) for payload in sent]):,.0f} bytes each{over}: "
-          f"{np.mean(right):.1%} right, {sum(reply.scores is None for reply in replies)} refused, "
+          f"{np.mean(right):.1%} {word}, {len(failures)} refused, "
           f"{1e3 * np.median([reply.seconds for reply in replies]):.0f} ms from sending to the answer")  # fmt: skip
+    if failures:
+        print(f"the first refusal: {failures[0]}")
 
 
 def run_search(given: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The server over HTTP: bad payloads, other models, many clients, every request answered once."""
 
 import asyncio
+import copy
 import json
 from types import SimpleNamespace
 
@@ -53,6 +54,23 @@ def test_answers_are_those_of_the_model_whatever_shares_the_batch(responder, mer
     logits, _ = merged(images, through=lambda tokens: tokens.with_x(wire.quantise(tokens.x, "int8")))
     for got, expected in zip(responder.answer([b"nonsense", *sent])[1:], logits, strict=True):
         assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_a_server_in_sixteen_bits_answers_in_them(responder, merged, images, sent):
+    half = tokmerge.patch(copy.deepcopy(merged.model).bfloat16(), merged.policy, split_layer=merged.split_layer)
+    for got, expected in zip(Responder(half, responder.prototype).answer(sent), responder.answer(sent), strict=True):
+        assert torch.allclose(got, expected, atol=0.05 * expected.abs().max().item())
+
+
+def test_the_longest_payload_of_a_model_is_not_too_long(responder, merged, images):
+    whole = tokmerge.patch(merged.model, None, precision="float32", split_layer=merged.split_layer)
+    longest = payloads(whole, images[:1], chunk_tokens=1)[0]
+
+    async def scene(server, post):
+        assert (await post(longest))[0] == 200
+        assert (await post(longest + bytes(len(longest))))[0] == 413
+
+    talking(Responder(whole, responder.prototype), scene)
 
 
 def test_lost_chunks_are_concealed_and_other_models_payloads_refused(responder, merged, images):

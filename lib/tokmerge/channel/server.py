@@ -3,8 +3,11 @@
     POST /answers   a payload of `tokmerge.wire`; header `IDENTITY`: what the device runs, see `identity`
 
     200   one little-endian float32 score per class
+    408   the payload took too long to come
     409   device and server do not run the same: the text says what differs
+    413   the payload is longer than any of this model
     422   the payload cannot be decoded or is not of this model, or its scores are not finite: the text says why
+    500   the model failed on it: the text says how
     503   too many requests are under way
 
 Requests of all connections that wait at the same time share one forward pass.
@@ -55,11 +58,16 @@ class Responder:
         """Patches of an image."""
         return int(self.merged.n_patches)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of an image in which nothing has merged."""
+        return len(self.prototype) + self.patches
+
     def open(self, payload: bytes) -> tuple[Packed, Tensor]:
         """The tokens of a payload, in the device's order, and which arrived; a ValueError if not of this model."""
-        got = wire.decode(payload, max_values=2**20)
+        got = wire.decode(payload, max_values=self.most_tokens * self.merged.embed_dim)
         (n, dim), protected = got.tokens.shape, len(self.prototype)
-        if dim != self.merged.embed_dim or not protected < n <= protected + self.patches:
+        if dim != self.merged.embed_dim or not protected < n <= self.most_tokens:
             raise ValueError(f"a payload of {n} x {dim} values: not of this model")
         layout, source = Layout(torch.tensor([n])), None
         order = travel_order(layout, protected)
@@ -67,9 +75,9 @@ class Responder:
         sizes = None if got.sizes is None else got.sizes[back].float().clamp(min=1)
         if self.merged.sends_source:
             source = got.source
-            if source is None and self.merged.policy is None and n == protected + self.patches:
+            if source is None and self.merged.policy is None and n == self.most_tokens:
                 source = back  # each its own
-            if source is None or len(source) != protected + self.patches:
+            if source is None or len(source) != self.most_tokens:
                 raise ValueError("a payload without a source map of this model's patches")
             # The map names tokens as they travel; it says their sizes as well.
             source = torch.where(source < 0, -1, order[source.clamp(min=0)])
@@ -83,8 +91,9 @@ class Responder:
         return self.serve(conceal(tokens, received, self.prototype, self.patches, how))
 
     def serve(self, tokens: Packed) -> Tensor:
-        """(B, classes) scores or (B, H, W) maps, computed where the model lies, of and to the CPU."""
-        return self.merged.serve(tokens.to(next(self.merged.parameters()).device)).cpu()
+        """(B, classes) scores or (B, H, W) maps, computed where the model lies, in its precision; of and to the CPU."""
+        weights = next(self.merged.parameters())
+        return self.merged.serve(tokens.with_x(tokens.x.to(weights.dtype)).to(weights.device)).cpu()
 
     @torch.inference_mode()
     def answer(self, payloads: list[bytes]) -> list[Tensor | Exception]:
@@ -110,7 +119,8 @@ class Server:
     Args:
         responder: what does the work.
         identity: what it runs, see `identity`.
-        max_bytes, body_s: longest payload, in bytes and from its first to its last byte.
+        max_bytes, body_s: longest payload, in bytes (None: what the model's tokens may take, in float32) and in seconds
+            from its first to its last byte.
         max_waiting: most requests under way; further ones are turned away.
 
     Attributes:
@@ -118,12 +128,14 @@ class Server:
     """
 
     def __init__(
-        self, responder: Responder, identity: dict[str, Any], max_bytes: int = 1 << 20, body_s: float = 10.0,
+        self, responder: Responder, identity: dict[str, Any], max_bytes: int | None = None, body_s: float = 10.0,
         max_waiting: int = 256,
     ) -> None:  # fmt: skip
         self.responder, self.identity, self.body_s, self.max_waiting = responder, identity, body_s, max_waiting
         self.answered = self.failed = self._waiting = 0
-        app = web.Application(client_max_size=max_bytes)
+        # Values, and of each token a size, its part of a source map, and of every few of them a checksum.
+        most = responder.most_tokens * (4 * responder.merged.embed_dim + 32) + 1024
+        app = web.Application(client_max_size=most if max_bytes is None else max_bytes)
         app.router.add_post("/answers", self._answer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
