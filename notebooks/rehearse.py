@@ -72,19 +72,23 @@ FEWER: dict[str, dict[str, Any]] = {
                    "deit_images": 0},
     "30_search": {"n_images": 6, "n_front_images": 4, "n_trials": 8},
     "35_images_study": {"n_images": 2, "n_select": 4, "n_test": 4, "shard_size": 4, "seeds": [0], "more_seeds": [],
-                        "n_trials": 4},
-    "37_images_study_adaptivity": {"n_test": 4, "n_budget": 2, "shard_size": 4},
+                        "n_trials": 4, "left_out": ["ToFu", "size-aware ToMe", "relative threshold", "keep rates"]},
+    "37_images_study_adaptivity": {"n_test": 4, "n_budget": 2, "n_counterparts": 20, "shard_size": 4},
     "36_search_study": {"n_long": 6, "sizes": [], "n_select": 4},
     "40_images": {"n_test": 8, "rounds": 1, "shard_size": 4, "batch_size": 4},
     "41_baselines": {"n_baseline": 4, "n_head": 4, "batch_size": 4},
     "45_questions_study": {"n_search": [1], "n_select": [1], "n_test": [1], "n_calibration": 1, "n_trials": 4,
-                           "n_sobol": 3, "n_grid": 2, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32"},
-    "50_questions": {"n_test": [2], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
+                           "n_sobol": 3, "n_grid": 1, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32",
+                           "left_out": ["ToMe on tokens", "PiToMe", "ToMe constant", "random pruning", "PruMerge+",
+                                        "attention, last layer"]},
+    "47_questions_study_adaptivity": {"n_counterparts": 6},
+    "50_questions": {"n_test": [1], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
     "55_channel_study": {"n_search": 4, "n_select": 4, "n_test": 4, "n_candidates": 2, "n_training": 4, "vqa": None},
     "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1},
     "61_link_adaptation": {"n_select": 4, "n_test": 6},
     "62_device_and_server": {"n_talk": 2},
-    "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None},
+    "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None,
+                         "left_out": ["pruned", "same counts", "class token"]},
 }  # fmt: skip
 
 
@@ -170,6 +174,8 @@ def values(profile: str, stem: str, folder: Path) -> dict[str, Any]:
     given = yaml.safe_load((ROOT / "params" / profile / f"{stem}.yaml").read_text()) or {}
     words = {key: value for key, value in given.items() if not is_number(value)}
     small = own | words | FEWER.get(stem, {})
+    if given.get("left_out"):
+        small["left_out"] = given["left_out"]
     here = {"data_path": str(folder / ("images" if stem == "10_inputs" else "vqav2")), "model_name": VITS[profile],
             "checkpoint": str(folder / "vit.safetensors"), "models": [str(folder / "llava")],
             "datasets": [str(folder / "llava")]}  # fmt: skip

@@ -119,7 +119,7 @@ def test_tour_runs_shows_its_figures_and_follows_the_sliders(lab, page):
     widths = page.evaluate(
         "Array.from(document.querySelectorAll('.jp-OutputArea-output > img'), image => image.naturalWidth)"
     )
-    photographs = fetched_file(paths.root() / "data").is_file()
+    photographs = fetched_file(paths.data()).is_file()
     assert len(widths) == 3 + photographs, "photographs if their model is there, merge maps, slider positions, budget"
     assert min(widths) > 300
     assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
