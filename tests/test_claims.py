@@ -66,13 +66,14 @@ def test_the_numbers_of_a_study_by_hand():
         "method": ["threshold", "threshold", "ToMe", "ToMe"], "cost": ["macs_ratio", "bytes_ratio"] * 2,
         "value": [0.4, 0.2, 0.5, 0.1], "low": [0.3, 0.1, 0.5, 0.1], "high": [0.5, 0.3, 0.6, 0.2],
         "score_drop": [0.01, 0.02, 0.03, 0.04], "drop_ci95": 0.001, "macs_ratio": [0.4, 0.8, 0.5, 0.9],
+        "bytes_ratio": [0.7, 0.2, 0.6, 0.1],
     })  # fmt: skip
     found = claims.chosen_numbers("x.select", study, {"ours": ["threshold"], "all": ["threshold", "ToMe"]})
     assert found["x.select.threshold.macs"] == 0.4
     assert found["x.select.threshold.macs.low"] == 0.3
     assert found["x.select.threshold.drop"] == 0.01
     assert found["x.select.threshold.bytes.drop"] == 0.02
-    assert found["x.select.tome.bytes.macs"] == 0.9
+    assert (found["x.select.tome.bytes.macs"], found["x.select.tome.macs.bytes"]) == (0.9, 0.6)
     assert (found["x.select.best_all.macs"], found["x.select.best_all.macs.method"]) == (0.4, "threshold")
     assert (found["x.select.best_all.bytes"], found["x.select.best_all.bytes.high"]) == (0.1, 0.2)
     assert found["x.select.best_ours.bytes.method"] == "threshold"

@@ -158,7 +158,7 @@ def ablated(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen_numbers(prefix: str, study: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Of every method of a study the points of fewest MACs and bytes, with their range over seeds and what they lose.
+    """Of every method of a study the points of fewest MACs and bytes: range over seeds, the other cost, what they lose.
 
     Args:
         prefix: of the keys.
@@ -171,8 +171,8 @@ def chosen_numbers(prefix: str, study: pd.DataFrame, groups: Mapping[str, Sequen
         key, drop = f"{method}.{cost}", f"{method}.bytes" if cost == "bytes" else method
         numbers |= {key: row["value"], f"{key}.low": row["low"], f"{key}.high": row["high"]}
         numbers |= {f"{drop}.drop": row["score_drop"], f"{drop}.drop_ci95": row["drop_ci95"]}
-        if cost == "bytes":
-            numbers[f"{key}.macs"] = row["macs_ratio"]
+        other = "macs" if cost == "bytes" else "bytes"
+        numbers[f"{key}.{other}"] = row[f"{other}_ratio"]
     for group, cost in [(group, cost) for group in groups for cost in ("macs", "bytes")]:
         own = study[study.method.isin(groups[group]) & (study.cost == f"{cost}_ratio")]
         best = own.loc[own.value.idxmin()]

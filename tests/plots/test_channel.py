@@ -23,14 +23,15 @@ def test_the_titles_of_the_channel_say_what_it_gains():
              "gain_over_cut_off": over, "policy_gains_pp": {"SNR known": [0.42, 0.1]}}  # fmt: skip
     left, right = (ax.get_title(loc="left") + ax.get_title() for ax in draw_channel(LINK, trace, facts).axes)
     assert left.startswith("photos, 1,000 test images, 3,200 channel uses each: adaptive\n")
-    assert "+7.2 (+1.0 to +9.0) dB over unmerged,\n-1.5 (-2.0 to +1.0) over cut off" in left
-    assert "+0.4 points over the best fixed choice" in right
+    assert "+7.2 dB (+1.0 to +9.0) over unmerged,\n-1.5 dB (-2.0 to +1.0) over cut off" in left
+    assert "+0.4 ± 0.1 points over the best fixed choice" in right
 
 
 def test_sweeps_have_a_panel_each():
     table = pd.concat([LINK.assign(sweep="rayleigh", uses=1000), LINK.assign(sweep="latency", uses=0)])
-    fig = draw_sweeps(table, "data")
-    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["Rayleigh, 1,000 uses", "latency"]
+    fig = draw_sweeps(table, "data", names_of={"latency": ("other data", "right answers")})
+    assert [ax.get_title(loc="left") + ax.get_title() for ax in fig.axes] == ["Rayleigh, 1,000 uses", "other data"]
+    assert [ax.get_ylabel() for ax in fig.axes] == ["top-1 (%)", "right answers (%)"]
 
 
 def test_a_trace_figure_tells_policies_from_fixed_choices():

@@ -73,7 +73,10 @@ def test_the_title_of_tradeoffs_says_who_needs_least_within_a_point():
     sweep = pd.DataFrame(rows, columns=["method", "score", "macs_ratio"])
     sweep = sweep.assign(score_low=sweep.score, score_high=sweep.score, tokens_ratio=0.5, bytes_ratio=0.5)
     fig = draw_tradeoffs(sweep, "top-1", "ten photos")
-    assert fig.get_suptitle() == "ten photos: within 1 point one threshold takes 0.60 of the MACs, fixed r 1.00"
+    assert fig.get_suptitle() == (
+        "ten photos, within 1 point:\none threshold takes 0.60 of the MACs and 0.50 of the bytes at least, "
+        "fixed r takes 1.00 of the MACs and 1.00 of the bytes at least"
+    )
     assert len(fig.axes) == 3
 
 
@@ -106,6 +109,10 @@ def test_draw_gains_has_a_point_per_rival():
     draw_gains(ax, gains)
     assert [container.lines[0].get_xdata().tolist() for container in ax.containers] == [[1.0], [-2.0]]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["threshold, fewest MACs"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "against same counts: interval above 0 at 1, below at 0 of 1",
+        "against window pooling: interval above 0 at 0, below at 1 of 1",
+    ]
 
 
 def test_draw_budgets_runs_over_the_costs():

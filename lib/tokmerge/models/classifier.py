@@ -36,7 +36,11 @@ class Record:
 
     @cached_property
     def payload_bytes(self) -> Tensor:
-        """(B,) int64, length of what `tokmerge.wire.encode` produces for each image."""
+        """(B,) int64, length of what `tokmerge.wire.encode` produces for each image, with its own length of chunks.
+
+        Where tokens may get lost chunks are shorter, and a payload one to two hundredths longer
+        (`tokmerge.channel.segmentation.LINK_CHUNK`).
+        """
         lengths, width, precision, sizes, source = self.payload
         return wire.payload_bytes(lengths, width, precision, sizes, source=source)
 

@@ -25,7 +25,7 @@ SUPPORTED: dict[type, tuple[type, tuple[type, ...]]] = {
 def patch(
     model: nn.Module, policy: Policy | None, *, precision: str = "float16", split_layer: int | None = None
 ) -> MergedClassifier:
-    """Attach a merge policy to a vision transformer, or replace the one a patched model has.
+    """Attach a merge policy to a vision transformer; of a patched one policy, precision and split are replaced.
 
     Args:
         model: timm VisionTransformer or Eva with standard pre-norm blocks (class token or none, registers, distilled,

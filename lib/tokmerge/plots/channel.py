@@ -58,26 +58,32 @@ def draw_channel(
     """`draw_link` beside `draw_trace`, with what they say in the titles; facts are those of both."""
 
     def said(gain: Mapping[str, Any]) -> str:
-        return f"{gain['db']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
+        return f"{gain['db']:+.1f} dB ({gain['low']:+.1f} to {gain['high']:+.1f})"
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
     draw_link(left, link, score_name)
     left.set_title(
         f"{facts['dataset']}, {facts['n_images']:,} test images, {facts['uses']:,} channel uses each: adaptive\n"
-        f"{said(facts['gains']['adaptive'])} dB over unmerged,\n{said(facts['gain_over_cut_off'])} over cut off",
+        f"{said(facts['gains']['adaptive'])} over unmerged,\n{said(facts['gain_over_cut_off'])} over cut off",
         fontsize=9,
     )
     draw_trace(right, trace, score_name)
+    gain, half = facts["policy_gains_pp"]["SNR known"]
     right.set_title(
         "a fading trace, one test image per slot: by the lookup table,\nSNR known, "
-        f"{facts['policy_gains_pp']['SNR known'][0]:+.1f} points over the best fixed choice", fontsize=9,
+        f"{gain:+.1f} ± {half:.1f} points over the best fixed choice", fontsize=9,
     )  # fmt: skip
     fig.tight_layout()
     return fig
 
 
-def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> Figure:
-    """`draw_link` of up to nine sweeps, a panel each: columns sweep and uses (0: not one number) as well."""
+def draw_sweeps(
+    sweeps: pd.DataFrame, title: str, score_name: str = "top-1", names_of: Mapping[str, tuple[str, str]] | None = None
+) -> Figure:
+    """`draw_link` of up to nine sweeps, a panel each: columns sweep and uses (0: not one number) as well.
+
+    ``names_of`` has the title and the score's name of sweeps that say something else than their own and ``score_name``.
+    """
     names = sweeps.sweep.unique()
     rows = -(-len(names) // 3)
     fig, axes = plt.subplots(rows, 3, figsize=(13, 3.2 * rows), sharex=True, sharey=True, squeeze=False)
@@ -85,9 +91,9 @@ def draw_sweeps(sweeps: pd.DataFrame, title: str, score_name: str = "top-1") -> 
         ax.remove()
     for ax, name in zip(axes.flat, names, strict=False):
         part = sweeps[sweeps.sweep == name]
-        draw_link(ax, part, score_name, legend=False)
         uses = part.uses.iloc[0]
-        said = _spell(name.removesuffix(f" {uses}"))
+        said, score = (names_of or {}).get(name, (_spell(name.removesuffix(f" {uses}")), score_name))
+        draw_link(ax, part, score, legend=False)
         ax.set_title(f"{said}, {uses:,} uses" if uses else said, fontsize=9)
         ax.xaxis.set_tick_params(labelbottom=True)
     fig.suptitle(title, fontsize=10)

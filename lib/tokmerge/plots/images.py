@@ -65,15 +65,17 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
 
 
 def draw_tradeoffs(sweep: pd.DataFrame, score_name: str, where: str, points: float = 0.01) -> Figure:
-    """`draw_sweep` against MACs, tokens and bytes; the title says who needs fewest MACs within so many points."""
+    """`draw_sweep` against MACs, tokens and bytes; the title says who needs how little within so many points."""
     fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), sharey=True)
     for ax, column in zip(axes, ("macs_ratio", "tokens_ratio", "bytes_ratio"), strict=True):
         draw_sweep(ax, sweep, column)
     within = sweep[sweep.score >= sweep[sweep.method == "unmerged"].score.item() - points]
-    least = within.groupby("method").macs_ratio.min().reindex(["threshold", "fixed r"], fill_value=1.0)
+    costs = within.groupby("method")[["macs_ratio", "bytes_ratio"]]
+    least = costs.min().reindex(["threshold", "fixed r"], fill_value=1.0).itertuples(index=False)
     axes[0].set_ylabel(f"{score_name} (%)")
-    said = f"one threshold takes {least['threshold']:.2f} of the MACs, fixed r {least['fixed r']:.2f}"
-    fig.suptitle(f"{where}: within {100 * points:g} point {said}", fontsize=10)
+    said = [f"{name} takes {macs:.2f} of the MACs and {sent:.2f} of the bytes at least"
+            for name, (macs, sent) in zip(("one threshold", "fixed r"), least, strict=True)]  # fmt: skip
+    fig.suptitle(f"{where}, within {100 * points:g} point:\n{', '.join(said)}", fontsize=10)
     fig.tight_layout()
     shared_legend(axes, columns=3)
     return fig
@@ -119,9 +121,10 @@ def draw_adaptivity(
         axes[2].plot(lost.groupby(tenth).mean(), "o-", ms=3.5, **look)
     low, high = (mine.macs / unmerged.macs).quantile([0.1, 0.9])
     axes[0].set(xlabel=AXIS_LABELS["macs_ratio"], ylabel="images")
-    axes[0].set_title(f"{where}: four of five take {low:.2f} to {high:.2f} of the MACs", fontsize=9)
-    axes[1].set(xlabel="tenths of images, by unmerged confidence", ylabel=AXIS_LABELS["macs_ratio"])
-    axes[2].set(xlabel="tenths of images, by unmerged confidence", ylabel="score lost (points)")
+    axes[0].set_title(f"{where}: four of five\ntake {low:.2f} to {high:.2f} of the MACs", fontsize=9)
+    tenths = "tenths of images, least confident first"
+    axes[1].set(xlabel=tenths, ylabel=AXIS_LABELS["macs_ratio"])
+    axes[2].set(xlabel=tenths, ylabel="score lost (points)")
     legend_outside(axes[1], columns=2)
 
 
@@ -192,7 +195,8 @@ def draw_gains(ax: Axes, gains: pd.DataFrame, score_name: str = "accuracy") -> N
     labels = list(dict.fromkeys(zip(gains.method, gains.cost, strict=True)))
     for shift, (against, (color, marker)) in zip((-0.12, 0.12), looks.items(), strict=True):
         part = gains[gains.against == against]
-        pays = f"pays beyond doubt at {(part.gain > part.gain_ci95).sum()} of {len(part)}"
+        above, below = (part.gain > part.gain_ci95).sum(), (part.gain < -part.gain_ci95).sum()
+        pays = f"interval above 0 at {above}, below at {below} of {len(part)}"
         places = [labels.index(label) + shift for label in zip(part.method, part.cost, strict=True)]
         ax.errorbar(
             100 * part.gain, places, xerr=100 * part.gain_ci95, fmt=marker, color=color, ms=5, lw=1.2,

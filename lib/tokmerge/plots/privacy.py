@@ -92,7 +92,7 @@ def draw_leakage(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
             zorder=4 if defence == "merged" else 3,
         )  # fmt: skip
         # Neighbours in the list are often neighbours in the picture.
-        where = (5, 3) if number % 2 else (-5, -9)
+        where = ((6, 4), (-6, -10), (6, -10), (-6, 4))[number % 4]
         ax.annotate(str(number), (across, up), where, textcoords="offset points", fontsize=7, ha="center", color=color)
     ax.set(xlabel=LEAKAGE_LABELS[x], ylabel=LEAKAGE_LABELS[y])
     if x == "bytes":

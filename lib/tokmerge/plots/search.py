@@ -90,7 +90,7 @@ def draw_choices(axes: Sequence[Axes], choices: pd.DataFrame, max_drop: float, w
         ax.invert_yaxis()
     lost = 100 * rows[rows.rule == "promised"].score_drop.median()
     axes[0].set_title(f"{where}: fewest MACs within {100 * max_drop:g} points", fontsize=10)
-    axes[1].set_title(f"chosen on search images alone they lose {lost:.1f} (median)", fontsize=10)
+    axes[1].set_title(f"chosen on search images alone they lose {lost:.1f} points (median of all)", fontsize=10)
     axes[0].set_xlabel(AXIS_LABELS["macs_ratio"])
     axes[1].axvline(100 * max_drop, color=COLORS["unmerged"], lw=0.8, ls="--")
     axes[1].set_xlabel("loss on select images (points)")
