@@ -43,7 +43,7 @@ def of_colours():
 @pytest.mark.parametrize(("name", "word"), [("fashion-vit", "right"), ("another", "as in one process")])
 def test_a_device_says_what_its_answers_are_held_against_and_why_one_was_refused(name, word, monkeypatch, capsys):
     async def answers(arriving, host, port, identity):
-        served = Responder(tokmerge.patch(model, tokmerge.Threshold(0.9), split_layer=2), torch.zeros(1, 32))
+        served = Responder(tokmerge.patch(model, tokmerge.Threshold(0.9), split_layer=2), torch.zeros(1, 48))
         scores = [one.numpy() for one in served.answer(arriving[1:])]
         return [Reply(None, "too much of it", 0.1), *(Reply(one, "", 0.1) for one in scores)]
 

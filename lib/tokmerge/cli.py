@@ -99,7 +99,8 @@ async def run_server(given: argparse.Namespace) -> None:
     merged = load_merged(given, "int8")
     with torch.inference_mode():
         prototype = protected_means(merged.edge(sample_images(merged, "train").images), merged.protected)
-    server = Server(Responder(merged, prototype), identity(merged))
+    responder = Responder(merged, prototype)
+    server = Server(responder, identity(merged), max_bytes=responder.longest)
     host, port = await server.start(given.host, given.port)
     print(f"serving {given.model}, split after block {given.split}, on {host}:{port}", flush=True)
     try:

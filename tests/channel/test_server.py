@@ -70,7 +70,8 @@ def test_the_longest_payload_of_a_model_is_not_too_long(responder, merged, image
         assert (await post(longest))[0] == 200
         assert (await post(longest + bytes(len(longest))))[0] == 413
 
-    talking(Responder(whole, responder.prototype), scene)
+    served = Responder(whole, responder.prototype)
+    talking(served, scene, max_bytes=served.longest)
 
 
 def test_lost_chunks_are_concealed_and_other_models_payloads_refused(responder, merged, images):

@@ -23,7 +23,7 @@ def test_draw_adaptivity_compares_tenths_of_confidence():
     draw_adaptivity(axes, mine, fixed, unmerged, "200 photos")
     low, high = (mine.macs / 100).quantile([0.1, 0.9])
     assert axes[0].get_title(loc="left") + axes[0].get_title() == (
-        f"200 photos: four of five take {low:.2f} to {high:.2f} of the MACs"
+        f"200 photos: four of five\ntake {low:.2f} to {high:.2f} of the MACs"
     )
     expected = [(mine.macs / 100)[start : start + 20].mean() for start in range(0, 200, 20)]
     np.testing.assert_allclose(axes[1].lines[0].get_ydata(), expected)

@@ -63,6 +63,11 @@ class Responder:
         """Tokens of an image in which nothing has merged."""
         return len(self.prototype) + self.patches
 
+    @property
+    def longest(self) -> int:
+        """Bytes that no payload exceeds: values in float32, and for every token a size, a source and a checksum."""
+        return self.most_tokens * (4 * int(self.merged.embed_dim) + 32) + 1024
+
     def open(self, payload: bytes) -> tuple[Packed, Tensor]:
         """The tokens of a payload, in the device's order, and which arrived; a ValueError if not of this model."""
         got = wire.decode(payload, max_values=self.most_tokens * self.merged.embed_dim)
@@ -119,8 +124,7 @@ class Server:
     Args:
         responder: what does the work.
         identity: what it runs, see `identity`.
-        max_bytes, body_s: longest payload, in bytes (None: what the model's tokens may take, in float32) and in seconds
-            from its first to its last byte.
+        max_bytes, body_s: longest payload, in bytes and from its first to its last byte.
         max_waiting: most requests under way; further ones are turned away.
 
     Attributes:
@@ -128,14 +132,12 @@ class Server:
     """
 
     def __init__(
-        self, responder: Responder, identity: dict[str, Any], max_bytes: int | None = None, body_s: float = 10.0,
+        self, responder: Responder, identity: dict[str, Any], max_bytes: int = 1 << 20, body_s: float = 10.0,
         max_waiting: int = 256,
     ) -> None:  # fmt: skip
         self.responder, self.identity, self.body_s, self.max_waiting = responder, identity, body_s, max_waiting
         self.answered = self.failed = self._waiting = 0
-        # Values, and of each token a size, its part of a source map, and of every few of them a checksum.
-        most = responder.most_tokens * (4 * responder.merged.embed_dim + 32) + 1024
-        app = web.Application(client_max_size=most if max_bytes is None else max_bytes)
+        app = web.Application(client_max_size=max_bytes)
         app.router.add_post("/answers", self._answer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
 
