@@ -118,6 +118,11 @@ def test_what_is_alike_may_differ_by_rounding(images):
         lambda _, given, out: out * (1 + 1e-6 * torch.arange(len(out))[:, None])
     )
     assert torch.equal(merged.generate(ids, seen, mask, alike=torch.tensor([0, 0]))[0], expected)
+    # Words are told apart beside an image of much larger values.
+    model.model.multi_modal_projector.register_forward_hook(lambda _, given, out: 1e6 * out)
+    ids[1, 1] = 8
+    with pytest.raises(ValueError, match="prompts 0 and 1 are not alike"):
+        merged.generate(ids, seen, mask, alike=torch.tensor([0, 0]))
 
 
 def test_placeholders_may_be_expanded_and_padded_on_either_side(images):
