@@ -65,8 +65,10 @@ class Responder:
 
     @property
     def longest(self) -> int:
-        """Bytes that no payload exceeds: values in float32, and for every token a size, a source and a checksum."""
-        return self.most_tokens * (4 * int(self.merged.embed_dim) + 32) + 1024
+        """Bytes that no payload exceeds: in float32, and for every token a size, a place in a map and a checksum."""
+        n = self.most_tokens
+        sizes, source = torch.full((n,), n), torch.full((1, n), -1)
+        return int(wire.payload_bytes(torch.tensor([n]), self.merged.embed_dim, "float32", sizes, 1, source))
 
     def open(self, payload: bytes) -> tuple[Packed, Tensor]:
         """The tokens of a payload, in the device's order, and which arrived; a ValueError if not of this model."""
