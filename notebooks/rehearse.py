@@ -8,10 +8,12 @@ an image takes against what docs/scale.md counts for it.
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,8 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{{ '<image>\n' if c.type == 'image' else "
     "c.text }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 )
+# What runs beside what, with half of the cores each, in turn; what a notebook reads comes before it.
+LANES = (("00 10 20 30 35 36 37 40 41", "45 47 50"), ("65 70", "55 60 61 62"), ("90 91",))
 ASKED = ("is it red", "how many are there", "what is it", "where is it")
 # Numbers that are smaller than in the notebooks' first cells, because these models are larger.
 FEWER: dict[str, dict[str, Any]] = {
@@ -77,18 +81,19 @@ FEWER: dict[str, dict[str, Any]] = {
     "36_search_study": {"n_long": 6, "sizes": [], "n_select": 4},
     "40_images": {"n_test": 8, "rounds": 1, "shard_size": 4, "batch_size": 4},
     "41_baselines": {"n_baseline": 4, "n_head": 4, "batch_size": 4},
-    "45_questions_study": {"n_search": [1], "n_select": [1], "n_test": [1], "n_calibration": 1, "n_trials": 4,
-                           "n_sobol": 3, "n_grid": 1, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32",
+    "45_questions_study": {"n_search": [1], "n_select": [1], "n_test": [1], "n_calibration": 1, "n_trials": 3,
+                           "n_sobol": 2, "n_grid": 1, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32",
                            "left_out": ["ToMe on tokens", "PiToMe", "ToMe constant", "random pruning", "PruMerge+",
                                         "attention, last layer"]},
-    "47_questions_study_adaptivity": {"n_counterparts": 6},
+    "47_questions_study_adaptivity": {"n_counterparts": 3},
     "50_questions": {"n_test": [1], "n_codec": 1, "max_new_tokens": 2, "shard_questions": 4, "dtype": "float32"},
     "55_channel_study": {"n_search": 4, "n_select": 4, "n_test": 4, "n_candidates": 2, "n_training": 4, "vqa": None},
     "60_channel": {"n_select": 4, "n_test": 6, "n_payloads": 1},
     "61_link_adaptation": {"n_select": 4, "n_test": 6},
     "62_device_and_server": {"n_talk": 2},
-    "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 30.0, "judge_name": None,
-                         "left_out": ["pruned", "same counts", "class token"]},
+    "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 8.0, "judge_name": None,
+                         "retrain_seeds": [1], "batch_size": 4, "steps": 2, "check_every": 1,
+                         "n_gradient": 1, "left_out": ["pruned", "same counts", "class token"]},
 }  # fmt: skip
 
 
@@ -207,6 +212,20 @@ def speeds(profile: str, folder: Path) -> None:
         print(f"{name}: {took:.2f} s an image; {macs / 1e9:.1f} G multiply-accumulates, counted as {macs / rate:.2f} s")
 
 
+def run(profile: str, stem: str, work: Path, cores: int) -> None:
+    """One notebook; RuntimeError if it fails."""
+    params, done, started = work / "params" / f"{stem}.yaml", work / "executed" / f"{stem}.ipynb", time.monotonic()
+    with store.writing(params) as temporary:
+        temporary.write_text(yaml.safe_dump(values(profile, stem, work / "stand-ins")))
+    done.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "papermill", "--cwd", "notebooks", "--no-progress-bar", "-f", str(params),
+               str(ROOT / "notebooks" / f"{stem}.ipynb"), str(done)]  # fmt: skip
+    if subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(cores)}).returncode:
+        raise RuntimeError(f"{stem} failed: its cells are in {done}")
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"{stem:28s} {time.monotonic() - started:6.0f} s, at most {most:.1f} GB in one so far", flush=True)
+
+
 def main() -> None:
     """Build the stand-ins, run the notebooks, say what each took."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -214,28 +233,26 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", help="the numbers of those that run; all by default")
     given = parser.parse_args()
     work = paths.resolve(f"results/rehearsal/{given.profile}")
-    stand_ins = work / "stand-ins"
+    stand_ins, begin = work / "stand-ins", time.monotonic()
     if not stand_ins.exists():
         building = work / "building"
         building.mkdir(parents=True, exist_ok=True)
         build_data(building, given.profile)
         build_models(building, given.profile)
         building.rename(stand_ins)
-    begin = time.monotonic()
-    for file in sorted((ROOT / "params" / given.profile).glob("*.yaml")):
-        if given.notebooks and file.stem[:2] not in given.notebooks:
-            continue
-        params, started = work / "params" / file.name, time.monotonic()
-        with store.writing(params) as temporary:
-            temporary.write_text(yaml.safe_dump(values(given.profile, file.stem, stand_ins)))
-        done = work / "executed" / f"{file.stem}.ipynb"
-        done.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "papermill", "--cwd", "notebooks", "--no-progress-bar", "-f", str(params),
-                   str(ROOT / "notebooks" / f"{file.stem}.ipynb"), str(done)]  # fmt: skip
-        if subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(f"{file.stem} failed: its cells are in {done}")
-        most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        print(f"{file.stem:20s} {time.monotonic() - started:6.0f} s, at most {most:.1f} GB so far", flush=True)
+    stems = {file.stem[:2]: file.stem for file in sorted((ROOT / "params" / given.profile).glob("*.yaml"))}
+    assert set(stems) == {number for lanes in LANES for lane in lanes for number in lane.split()}
+
+    def through(lane: str, cores: int) -> None:
+        for number in lane.split():
+            if number in (given.notebooks or stems):
+                run(given.profile, stems[number], work, cores)
+
+    for lanes in LANES:
+        with ThreadPoolExecutor() as pool:
+            cores = max(1, (os.cpu_count() or 1) // len(lanes))
+            for done in [pool.submit(through, lane, cores) for lane in lanes]:
+                done.result()
     speeds(given.profile, stand_ins)
     print(f"the {given.profile} profile in {(time.monotonic() - begin) / 60:.1f} minutes")
 

@@ -22,7 +22,7 @@ from tokmerge import (
     ToFu,
     TopR,
 )  # fmt: skip
-from tokmerge.merging import merge
+from tokmerge.merging import compiled, merge
 from tokmerge.merging.matching import ranked
 from tokmerge.merging.packed import Layout, Packed
 from tokmerge.merging.peers import OutlierMerging
@@ -70,6 +70,39 @@ def test_every_policy_gives_an_image_what_it_gets_alone(policy, lengths, dtype, 
         torch.testing.assert_close(
             got, alone.x, rtol=1e-3, atol=1e-3 if dtype != torch.float32 else 1e-5, equal_nan=True
         )
+
+
+SIMILAR_PAIRS = [
+    Threshold(0.2), Threshold(0.0, "keys"), Threshold(-0.5, size_aware=True), TopR(3), TopR(100, "tokens"),
+    CappedThreshold(0.1, 2), ConfidenceThreshold(0.0, 0.5, 2.0),
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    policy=st.sampled_from(SIMILAR_PAIRS),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    hostile=st.sampled_from([None, math.nan, math.inf, -0.0, 3e38]),
+    ties=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_the_compiled_loop_gives_what_torch_does_to_the_bit(policy, lengths, hostile, ties, seed):
+    tokens, qkv = batch(lengths, torch.float32, seed)
+    if ties:
+        tokens, qkv = tokens.with_x(tokens.x.sign()), qkv.sign()
+    if hostile is not None:
+        row = seed % sum(lengths)
+        tokens.x[row], qkv[row] = hostile, hostile
+    source = torch.arange(max(lengths)).clamp(max=tokens.lengths[:, None] - 1)
+    tokens = replace(tokens, place=None, source=source)
+    assert compiled.serves(tokens.x)
+    with pytest.MonkeyPatch.context() as patch:
+        loop = step(policy, tokens, qkv)
+        patch.setattr(compiled, "INSTALLED", False)
+        plain = step(policy, tokens, qkv)
+    for name in ("x", "sizes", "lengths", "source"):
+        got, wanted = getattr(loop, name), getattr(plain, name)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_what_is_no_number_comes_last_and_padding_after_it():

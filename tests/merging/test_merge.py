@@ -10,7 +10,7 @@ def test_match_by_hand():
     unit = torch.nn.functional.normalize(metric, dim=-1)
     matches = matching.match(Context(0, 4, 1, unit, None, Layout(torch.tensor([5]))))
     assert matches.rows_a().tolist() == [[1, 3]]
-    src, dst, lost, *_ = matches.merges(torch.tensor([[True, True]]))
+    src, dst, lost, *_ = matches.take()
     assert (src.tolist(), dst.tolist(), lost.tolist()) == ([1, 3], [4, 2], [2])
     expected = 1 / (1 + 0.01) ** 0.5
     torch.testing.assert_close(matches.similarity, torch.tensor([[expected, expected]]))

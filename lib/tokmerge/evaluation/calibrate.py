@@ -67,7 +67,7 @@ def thresholds_for_rates(
         # Just those above the next one merge; all of them where there are not more.
         threshold = seen[count].clamp(lowest, 1).item() if count < len(seen) else lowest
         thresholds.append(threshold)
-        return matches.merges(matches.similarity > threshold)
+        return matches.take(threshold)
 
     run(Observed(None, hook, feature))
     check_length("thresholds_for_rates", "rates", tuple(rates), len(found))

@@ -40,9 +40,16 @@ class Matches(NamedTuple):
     first: int  #: protected tokens
     order: Tensor | None  #: (B, U) places of the unprotected tokens as they alternate; None for one after the other
 
-    def merges(self, chosen: Tensor) -> Merges:
-        """The merges of the chosen (B, A) bool entries."""
-        taken, best, offsets = host(chosen), host(self.best), host(self.layout.offsets)
+    def take(self, above: float | Tensor = -torch.inf, most: int | Tensor | None = None) -> Merges:
+        """The merges of pairs that are more similar than a number, and of each image no more than the ``most`` similar.
+
+        Args:
+            above: for all images, or (B, 1).
+            most: for all images, or (B, 1); of pairs that are alike the first. None: all.
+        """
+        chosen = self.similarity > above
+        taken = host(chosen if most is None else chosen & largest(self.similarity, most))
+        best, offsets = host(self.best), host(self.layout.offsets)
         image, number = (torch if isinstance(taken, Tensor) else np).where(taken)
         a, b, start = 2 * number, 2 * best[image, number] + 1, offsets[image] + self.first
         if self.order is not None:
@@ -143,6 +150,66 @@ def ranked(scores: Tensor, valid: Tensor, descending: bool = False) -> Tensor:
     return keys.masked_fill(~valid, last * float("inf")).argsort(dim=1, descending=descending, stable=True)
 
 
+def largest(values: Tensor, r: int | Tensor) -> Tensor:
+    """(B, A) bool: the r largest finite values of each row; of equal values the first. r: one for all, or (B, 1)."""
+    seen = host(values)
+    if isinstance(seen, np.ndarray) and isinstance(r, int):
+        taken = np.zeros(seen.shape, bool)
+        np.put_along_axis(taken, np.argsort(-seen, axis=1, kind="stable")[:, :r], True, axis=1)
+        return torch.from_numpy(taken & np.isfinite(seen))
+    finite = values.isfinite()
+    order = values.masked_fill(~finite, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(finite)
+    if isinstance(r, int):
+        return chosen.scatter_(1, order[:, :r], True) & finite
+    return chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < r) & finite
+
+
+class Sides(NamedTuple):
+    """Sets A and B of a batch, to be compared."""
+
+    a: Tensor  #: (B, A, d) features
+    b: Tensor  #: (B, d, b) features
+    valid: Tensor | None  #: (B, U) bool, which of the unprotected tokens an image has; None: all
+    numbers: Tensor | None  #: (B, U) of their groups; None: all are of one
+    inverse: Tensor | None  #: (B, U) one over their sizes; None: similarity is the cosine
+    order: Tensor | None  #: as of `Matches`
+
+    @classmethod
+    def of(
+        cls, context: Context, group: Tensor | None = None, order: Tensor | None = None, size_aware: bool = False
+    ) -> "Sides":
+        """The unprotected tokens, every other one in set A; arguments as of `match`."""
+        layout, first = context.layout, context.protected
+        metric = context.padded_metric[:, first:]
+        valid = None if layout.uniform else layout.valid[:, first:]
+        numbers = inverse = None
+        if group is not None:
+            numbers = layout.pad(group)[:, first:].double()
+            # Padding comes last, so what is valid stays where it was.
+            numbers = numbers if valid is None else numbers.masked_fill(~valid, float("inf"))
+            numbers, order = numbers.sort(dim=1, stable=True)
+        if size_aware and context.sizes is not None:
+            inverse = layout.pad(1 / context.sizes)[:, first:]
+            inverse = inverse if order is None else inverse.gather(1, order)
+        if order is not None:
+            metric = metric.gather(1, order[..., None].expand_as(metric))
+        return cls(metric[:, ::2], metric[:, 1::2].transpose(1, 2), valid, numbers, inverse, order)
+
+    def scores(self, some: slice | None = None) -> Tensor:
+        """(B, A, b) similarities of all or some of set A; -inf where there is no such b, or none of the group."""
+        scores = torch.bmm(self.a if some is None else self.a[:, some], self.b)
+        if self.inverse is not None:
+            weight = (2 / (self.inverse[:, ::2][:, some or slice(None), None] + self.inverse[:, None, 1::2])).sqrt_()
+            scores = scores.sub_(1).mul_(weight).add_(1)
+        if self.valid is not None:
+            scores.masked_fill_(~self.valid[:, None, 1::2], float("-inf"))
+        if self.numbers is not None:
+            others = self.numbers[:, ::2][:, some or slice(None), None] != self.numbers[:, None, 1::2]
+            scores.masked_fill_(others, float("-inf"))
+        return scores
+
+
 def match(
     context: Context, group: Tensor | None = None, order: Tensor | None = None, size_aware: bool = False
 ) -> Matches:
@@ -157,39 +224,17 @@ def match(
             cosine. What averaging two tokens costs in squares is h / 2 times their squared distance (Ward, 1963); the
             root damps that.
     """
-    layout, first = context.layout, context.protected
-    metric = context.padded_metric[:, first:]
-    valid = None if layout.uniform else layout.valid[:, first:]
-    if group is not None:
-        numbers = layout.pad(group)[:, first:].double()
-        # Padding comes last, so what is valid stays where it was.
-        numbers = numbers if valid is None else numbers.masked_fill(~valid, float("inf"))
-        numbers, order = numbers.sort(dim=1, stable=True)
-    inverse = None
-    if size_aware and context.sizes is not None:
-        inverse = layout.pad(1 / context.sizes)[:, first:]
-        inverse = inverse if order is None else inverse.gather(1, order)
-    if order is not None:
-        metric = metric.gather(1, order[..., None].expand_as(metric))
-    from_a, to_b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
-    if to_b.shape[2] == 0:
-        similarity = from_a.new_full(from_a.shape[:2], float("-inf"))
-        return Matches(similarity, torch.zeros_like(similarity, dtype=torch.int64), layout, first, order)
-    found = []
-    for start, stop in blocks(from_a.shape[1], len(metric) * to_b.shape[2]):
-        scores = torch.bmm(from_a[:, start:stop], to_b)
-        if inverse is not None:
-            weight = (2 / (inverse[:, ::2][:, start:stop, None] + inverse[:, None, 1::2])).sqrt_()
-            scores = scores.sub_(1).mul_(weight).add_(1)
-        if valid is not None:
-            scores.masked_fill_(~valid[:, None, 1::2], float("-inf"))
-        if group is not None:
-            scores.masked_fill_(numbers[:, ::2][:, start:stop, None] != numbers[:, None, 1::2], float("-inf"))
-        found.append(_row_maximum(scores))
+    sides = Sides.of(context, group, order, size_aware)
+    (n_images, n), width = sides.a.shape[:2], sides.b.shape[2]
+    if width == 0:
+        similarity = sides.a.new_full((n_images, n), float("-inf"))
+        best = torch.zeros_like(similarity, dtype=torch.int64)
+        return Matches(similarity, best, context.layout, context.protected, sides.order)
+    found = [_row_maximum(sides.scores(slice(*part))) for part in blocks(n, n_images * width)]
     similarity, best = found[0] if len(found) == 1 else map(partial(torch.cat, dim=1), zip(*found, strict=True))
-    if valid is not None:
-        similarity = similarity.masked_fill(~valid[:, ::2], float("-inf"))
-    return Matches(similarity, best, layout, first, order)
+    if sides.valid is not None:
+        similarity = similarity.masked_fill(~sides.valid[:, ::2], float("-inf"))
+    return Matches(similarity, best, context.layout, context.protected, sides.order)
 
 
 def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,8 +242,8 @@ def _row_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
     given = host(scores)
     if not isinstance(given, np.ndarray):
         return scores.max(dim=-1)
-    best = given.argmax(-1)
-    return torch.from_numpy(np.take_along_axis(given, best[..., None], -1)[..., 0]), torch.from_numpy(best)
+    best = torch.from_numpy(given.argmax(-1))
+    return scores.gather(-1, best[..., None])[..., 0], best
 
 
 def best_among(queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:

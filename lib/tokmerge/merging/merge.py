@@ -8,8 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, Policy, compares, matching_features, widen
+from tokmerge.merging import compiled
+from tokmerge.merging.matching import (
+    BLOCK,
+    Context,
+    Merges,
+    Policy,
+    Sides,
+    compares,
+    matching_features,
+    widen,
+)
 from tokmerge.merging.packed import Layout, Packed, host
+from tokmerge.merging.policies import SimilarPairs
 
 
 def step(
@@ -21,7 +32,22 @@ def step(
         return tokens
     metric = matching_features(policy.feature, tokens.x, qkv[:, 1]) if compares(policy) else tokens.x
     context = Context(layer, depth, protected, metric, tokens.sizes, tokens.layout, qkv, tokens.place, read_out)
-    return apply(tokens, policy.select(context))
+    return _merge_pairs(tokens, policy, context) or apply(tokens, policy.select(context))
+
+
+def _merge_pairs(tokens: Packed, policy: Any, context: Context) -> Packed | None:
+    """What `apply` makes of the policy's merges; None where these are no similar pairs or no loop takes them."""
+    usual = getattr(type(policy), "select", None) is SimilarPairs.select
+    if not usual or tokens.place is not None or not compiled.serves(tokens.x):
+        return None
+    sides = Sides.of(context, size_aware=policy.size_aware)
+    n_images, n, _ = sides.a.shape
+    if not 0 < n_images * n * sides.b.shape[2] <= BLOCK:
+        return None
+    x, sizes, lengths, row = compiled.merge_pairs(
+        sides.scores(), tokens.x, tokens.full_sizes, tokens.lengths, context.protected, *policy.bounds(context)
+    )
+    return _settle(tokens, Packed(x, Layout(lengths), sizes), row) if x.shape != tokens.x.shape else tokens
 
 
 def apply(tokens: Packed, merges: Merges) -> Packed:
@@ -75,16 +101,21 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
         scale = torch.where(received, target / merged.norm(dim=1).clamp_min(1e-12), 1.0)
         merged = merged * scale[:, None]
 
-    layout, source = Layout(tokens.lengths - lost), tokens.source
-    if source is not None:
-        where = torch.as_tensor(row)
-        where[src] = to
-        if dropped is not None:
-            where[dropped] = -1
-        moved = where[source.clamp(min=0) + tokens.layout.offsets[:, None]]
-        source = torch.where((source < 0) | (moved < 0), -1, moved - layout.offsets[:, None])
-    after = Packed(merged.to(x.dtype), layout, new_sizes, source, place)
-    if tokens.detail is None or tokens.source is None or source is None:
+    where = torch.as_tensor(row)
+    where[src] = to
+    if dropped is not None:
+        where[dropped] = -1
+    return _settle(tokens, Packed(merged.to(x.dtype), Layout(tokens.lengths - lost), new_sizes, None, place), where)
+
+
+def _settle(tokens: Packed, after: Packed, where: Tensor) -> Packed:
+    """What is left of tokens, with source map and detail if they had them; each is in row ``where``, (T,), or -1."""
+    if tokens.source is None:
+        return after
+    moved = where[tokens.source.clamp(min=0) + tokens.layout.offsets[:, None]]
+    source = torch.where((tokens.source < 0) | (moved < 0), -1, moved - after.layout.offsets[:, None])
+    after = replace(after, source=source)
+    if tokens.detail is None:
         return after
     return replace(after, detail=unmerge_tokens(tokens, tokens.source) - unmerge_tokens(after, source))
 

@@ -5,7 +5,7 @@ as they are, without padding; only attention and matching need to know which row
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -120,7 +120,7 @@ class Packed:
 
     def with_x(self, x: Tensor) -> "Packed":
         """The same tokens with other values."""
-        return replace(self, x=x)
+        return Packed(x, self.layout, self.sizes, self.source, self.place, self.detail)
 
     def images(self, index: Tensor) -> "Packed":
         """Some images (B',), in that order, each as often as it occurs."""

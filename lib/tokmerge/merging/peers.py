@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokmerge.merging.matching import Context, Merges, best_among, blocks, match, ranked
-from tokmerge.merging.policies import FixedR, LayerPolicy, TopR, at, largest, moments, per_layer
+from tokmerge.merging.matching import Context, Merges, best_among, blocks, largest, match, ranked
+from tokmerge.merging.policies import FixedR, LayerPolicy, TopR, at, moments, per_layer
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,13 @@ class AdaMerge(FixedR):
 
     def select(self, context: Context) -> Merges:
         matches, layer = match(context), context.layer
-        similarity = matches.similarity
-        z = (moments(similarity)[0] - self.means[layer]) / self.deviations[layer]
+        z = (moments(matches.similarity)[0] - self.means[layer]) / self.deviations[layer]
         r = (at(self.r, layer) * (self.alpha * z).sigmoid()).floor().long()
         # The class token and its like never merge; what they are worth does not matter.
         salience = _centrality(context)[context.layout.valid].clamp(1e-6, 1.0)
         # Places beyond an image's end hold any token: their similarity keeps them out.
         salience_a = salience.take(matches.rows_a())
-        merges = matches.merges(largest(similarity * (1 - salience_a), r))
+        merges = matches._replace(similarity=matches.similarity * (1 - salience_a)).take(most=r)
         sizes = salience.new_ones(len(salience)) if context.sizes is None else context.sizes
         return merges._replace(weights=sizes * salience)
 

@@ -5,18 +5,17 @@ and cost are the engine's.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokmerge.merging.matching import FEATURES, Context, Merges, best_among, bipartite_macs, blocks, match, ranked
-from tokmerge.merging.packed import host
 
 
 def per_layer(number: type, plural: str) -> Any:
@@ -97,8 +96,19 @@ class ThresholdPolicy(LayerPolicy):
         return at(self.thresholds, layer) < 1.0
 
 
+class SimilarPairs(LayerPolicy, ABC):
+    """What policies share that merge the most similar pairs of neighbours, wherever they are."""
+
+    @abstractmethod
+    def bounds(self, context: Context) -> tuple[float | Tensor, int | Tensor | None]:
+        """Arguments of `Matches.take`."""
+
+    def select(self, context: Context) -> Merges:
+        return match(context, size_aware=self.size_aware).take(*self.bounds(context))
+
+
 @dataclass(frozen=True)
-class Threshold(ThresholdPolicy):
+class Threshold(SimilarPairs, ThresholdPolicy):
     """Token a merges into its best match b where their cosine similarity exceeds the layer's threshold.
 
     Adaptive: every image keeps as many tokens as it needs. A threshold of 1 (`Threshold.OFF`) switches its layer off.
@@ -120,9 +130,8 @@ class Threshold(ThresholdPolicy):
     feature: str = "tokens"
     size_aware: bool = False
 
-    def select(self, context: Context) -> Merges:
-        matches = match(context, size_aware=self.size_aware)
-        return matches.merges(matches.similarity > at(self.thresholds, context.layer))
+    def bounds(self, context: Context) -> tuple[float, None]:
+        return at(self.thresholds, context.layer), None
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class FixedR(LayerPolicy):
 
 
 @dataclass(frozen=True)
-class TopR(FixedR):
+class TopR(SimilarPairs, FixedR):
     """The r most similar pairs merge, the same number in every image (ToMe, Bolya et al., 2210.09461).
 
     Args:
@@ -154,28 +163,11 @@ class TopR(FixedR):
     feature: str = "keys"
     size_aware: bool = False
 
-    def select(self, context: Context) -> Merges:
-        matches = match(context, size_aware=self.size_aware)
+    def bounds(self, context: Context) -> tuple[float, int | Tensor]:
         layout, r = context.layout, int(at(self.r, context.layer))
         if layout.uniform:
-            return matches.merges(largest(matches.similarity, min(r, (layout.longest - context.protected) // 2)))
-        most = ((layout.lengths - context.protected) // 2).clamp(max=r)
-        return matches.merges(largest(matches.similarity, most[:, None]))
-
-
-def largest(values: Tensor, r: int | Tensor) -> Tensor:
-    """(B, A) bool: the r largest finite values of each row; of equal values the first. r: one for all, or (B, 1)."""
-    seen = host(values)
-    if isinstance(seen, np.ndarray) and isinstance(r, int):
-        taken = np.zeros(seen.shape, bool)
-        np.put_along_axis(taken, np.argsort(-seen, axis=1, kind="stable")[:, :r], True, axis=1)
-        return torch.from_numpy(taken & np.isfinite(seen))
-    finite = values.isfinite()
-    order = values.masked_fill(~finite, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    chosen = torch.zeros_like(finite)
-    if isinstance(r, int):
-        return chosen.scatter_(1, order[:, :r], True) & finite
-    return chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < r) & finite
+            return -math.inf, min(r, (layout.longest - context.protected) // 2)
+        return -math.inf, ((layout.lengths - context.protected) // 2).clamp(max=r)[:, None]
 
 
 def moments(similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +218,7 @@ class PiToMe(FixedR):
         r = (n // 2).clamp(max=int(at(self.r, context.layer)))
         if context.layer < self.unprotected * context.depth:
             matches = match(context, order=order)
-            return matches.merges(largest(matches.similarity, r[:, None]))
+            return matches.take(most=r[:, None])
         widest = max(r.tolist(), default=0)
         if widest == 0:
             nothing = order.new_empty(0)

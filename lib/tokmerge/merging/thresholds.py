@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from tokmerge.merging.matching import Context, Matches, Merges, bipartite_macs, match
-from tokmerge.merging.policies import FixedR, LayerPolicy, ThresholdPolicy, at, largest, moments, per_layer
+from tokmerge.merging.policies import FixedR, LayerPolicy, SimilarPairs, ThresholdPolicy, at, moments, per_layer
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LocalThreshold(ThresholdPolicy):
 
     def select(self, context: Context) -> Merges:
         matches = _match_in_windows(context, int(at(self.window, context.layer)))
-        return matches.merges(matches.similarity > at(self.thresholds, context.layer))
+        return matches.take(at(self.thresholds, context.layer))
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         # Two comparisons tell whether a pair is of one window.
@@ -60,8 +60,7 @@ class LocalTopR(FixedR):
     feature: str = "tokens"
 
     def select(self, context: Context) -> Merges:
-        matches = _match_in_windows(context, self.window)
-        return matches.merges(largest(matches.similarity, int(at(self.r, context.layer))))
+        return _match_in_windows(context, self.window).take(most=int(at(self.r, context.layer)))
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         return bipartite_macs(n, d + 2)
@@ -74,7 +73,7 @@ def _match_in_windows(context: Context, window: int) -> Matches:
 
 
 @dataclass(frozen=True)
-class CappedThreshold(ThresholdPolicy):
+class CappedThreshold(SimilarPairs, ThresholdPolicy):
     """Pairs above the layer's threshold, but at most a number of them: `Threshold` and `TopR` are its two ends.
 
     Args:
@@ -87,14 +86,12 @@ class CappedThreshold(ThresholdPolicy):
     def active(self, layer: int) -> bool:
         return super().active(layer) and at(self.caps, layer) > 0
 
-    def select(self, context: Context) -> Merges:
-        matches = match(context)
-        above = matches.similarity > at(self.thresholds, context.layer)
-        return matches.merges(above & largest(matches.similarity, int(at(self.caps, context.layer))))
+    def bounds(self, context: Context) -> tuple[float, int]:
+        return at(self.thresholds, context.layer), int(at(self.caps, context.layer))
 
 
 @dataclass(frozen=True)
-class ConfidenceThreshold(ThresholdPolicy):
+class ConfidenceThreshold(SimilarPairs, ThresholdPolicy):
     """Thresholds that fall as the model becomes sure of its answer: images that are hard to tell keep their tokens.
 
     Merging harms the few images of which the model is unsure; similarity of tokens does not know which they are. What
@@ -122,13 +119,12 @@ class ConfidenceThreshold(ThresholdPolicy):
         if min(self.unsure, self.sure, self.first) < 0:
             raise ValueError("ConfidenceThreshold: unsure, sure and first cannot be negative")
 
-    def select(self, context: Context) -> Merges:
-        matches = match(context, size_aware=self.size_aware)
+    def bounds(self, context: Context) -> tuple[float | Tensor, None]:
         distance = 1 - at(self.thresholds, context.layer)
         if context.layer < self.first:
-            return matches.merges(matches.similarity > 1 - distance)
+            return 1 - distance, None
         factor = self.unsure + (self.sure - self.unsure) * context.confidence
-        return matches.merges(matches.similarity > 1 - distance * factor.square()[:, None])
+        return 1 - distance * factor.square()[:, None], None
 
 
 @dataclass(frozen=True)
@@ -147,4 +143,4 @@ class RelativeThreshold(LayerPolicy):
     def select(self, context: Context) -> Merges:
         matches = match(context)
         mean, deviation = moments(matches.similarity)
-        return matches.merges(matches.similarity > mean + at(self.z, context.layer) * deviation)
+        return matches.take(mean + at(self.z, context.layer) * deviation)

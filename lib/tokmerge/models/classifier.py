@@ -193,8 +193,9 @@ class MergedClassifier(MergedTransformer):
     @property
     def server_needs_sizes(self) -> bool:
         """After the last block a class-token head reads no sizes; a source map says them; all else weighs tokens."""
-        reads = not (self.split_layer == self.depth and self.reads_one_token)
-        return self.policy is not None and reads and not self.sends_source
+        if self.policy is None or self.sends_source:
+            return False
+        return self.split_layer < self.depth or not self.reads_one_token
 
     def read_out(self, tokens: Packed) -> Callable[[], Tensor] | None:
         return partial(self.confidence, tokens) if self.classifies else None
@@ -224,6 +225,8 @@ class MergedClassifier(MergedTransformer):
 
     def leading(self, packed: Packed, n: int) -> Tensor:
         """(B, n, D) the first n tokens of every image."""
+        if packed.layout.uniform:
+            return packed.layout.pad(packed.x)[:, :n]
         return packed.x[packed.layout.offsets[:, None] + torch.arange(n, device=packed.x.device)]
 
     def average(self, packed: Packed, skip: int) -> Tensor:

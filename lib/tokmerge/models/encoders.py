@@ -3,7 +3,7 @@
 Classifiers give class scores; DINOv3, which has no head there, its pooled features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,12 +111,8 @@ class MergedEncoder(MergedClassifier):
         """Its layers."""
         return self.encoder.get_submodule(self._kind.layers)
 
-    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super().passed_over()
-        yield "the encoder", self.encoder
-        for index, layer in enumerate(self.layers):
-            yield f"layer {index}", layer
-            yield f"the attention of layer {index}", layer.attention
+    def passed_over(self) -> list[nn.Module]:
+        return [*super().passed_over(), self.encoder, *self.layers, *(layer.attention for layer in self.layers)]
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         encoder, patch = self.encoder, self.model.config.patch_size

@@ -74,10 +74,8 @@ class MergedLlava(MergedModel):
         self.precision, self.weights, self.pruning = precision, weights, pruning
         self.cost = LanguageCost.of(model)
 
-    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super().passed_over()
-        yield "model", self.model.model
-        yield "model.language_model", self.model.model.language_model
+    def passed_over(self) -> list[nn.Module]:
+        return [*super().passed_over(), self.model.model, self.model.model.language_model]
 
     def encode_images(self, images: Tensor, source: bool = False) -> VisualTokens:
         """What the device does: (B, C, H, W) images, as the vision tower takes them, to the tokens that are sent."""

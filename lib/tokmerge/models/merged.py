@@ -12,7 +12,7 @@ own, is refused.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,30 +35,35 @@ class MergedModel(nn.Module):
         self.register_state_dict_post_hook(_without_wrapper)
         self.register_load_state_dict_pre_hook(_with_wrapper)
 
-    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules of the wrapped model, with their names, that are not called as a whole."""
-        yield "the model", self.model
+    def passed_over(self) -> list[nn.Module]:
+        """Modules of the wrapped model that are not called as a whole."""
+        return [self.model]
 
     def check_ready(self) -> None:
         """Raise RuntimeError in training mode, and where something on a module that is not called would be ignored."""
-        for name, module in self.passed_over():
-            if self.training or module.training:
-                raise RuntimeError(f"token merging is for inference, and {name} is being trained: call .eval() first")
+        for module in self.passed_over():
             given = vars(module)
-            hooks = (hook for kind in _HOOKS if given[kind] for hook in given[kind].values())
-            if "forward" in given or any(map(_is_foreign, hooks)):
+            if self.training or given["training"]:
+                name = self._name(module)
+                raise RuntimeError(f"token merging is for inference, and {name} is being trained: call .eval() first")
+            # Empty dictionaries are not looked into: an image's forward takes milliseconds.
+            hooked = given["_forward_hooks"] or given["_forward_pre_hooks"]
+            hooked = hooked or given["_backward_hooks"] or given["_backward_pre_hooks"]
+            if "forward" in given or (hooked and _has_foreign_hook(given)):
                 raise RuntimeError(
-                    f"{name} has a hook or a forward of its own, which would be ignored: merging calls its parts only. "
-                    "Hook a part, or the merged model"
+                    f"{self._name(module)} has a hook or a forward of its own, which would be ignored: merging calls "
+                    "its parts only. Hook a part, or the merged model"
                 )
 
+    def _name(self, module: nn.Module) -> str:
+        return next(name for name, part in self.model.named_modules() if part is module) or "the model"
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-def _is_foreign(hook: Any) -> bool:
+def _has_foreign_hook(given: dict[str, Any]) -> bool:
     """Transformers leaves hooks of its own behind, which record outputs when they are asked for."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = (hook for kind in kinds for hook in given[kind].values())
+    return not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def _without_wrapper(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -124,9 +129,13 @@ class MergedTransformer(MergedModel, ABC):
     def _attend_and_merge(self, tokens: Packed, layer: int) -> Packed:
         """By themselves: queries, keys and values are gone before the MLP needs the memory."""
         out, qkv = self.attention(layer, tokens)
-        tokens = tokens.with_x(tokens.x + out)
-        return merge.step(tokens, self.policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv,
-                          read_out=self.read_out(tokens))  # fmt: skip
+        tokens, policy = tokens.with_x(tokens.x + out), self.policy
+        if policy is None:
+            return tokens
+        read_out = self.read_out(tokens) if "confidence" in needed_by(policy) else None
+        return merge.step(
+            tokens, policy, layer=layer, depth=self.depth, protected=self.protected, qkv=qkv, read_out=read_out
+        )
 
 
 def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool, classifies: bool = False) -> None:

@@ -6,7 +6,6 @@ A multimodal model reads one hidden layer, usually the last but one. Layers beyo
 has one threshold for every layer that is run, and only those cost.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,12 +55,10 @@ class MergedTower(MergedTransformer):
         self.skip = skip
         self.n_features = model.embeddings.num_positions - skip
 
-    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super().passed_over()
-        yield "the encoder", self.model.encoder
-        for index, layer in enumerate(self.model.encoder.layers[: self.depth]):
-            yield f"layer {index}", layer
-            yield f"the attention of layer {index}", layer.self_attn
+    def passed_over(self) -> list[nn.Module]:
+        encoder = self.model.encoder
+        layers = encoder.layers[: self.depth]
+        return [*super().passed_over(), encoder, *layers, *(layer.self_attn for layer in layers)]
 
     @cached_property
     def cost(self) -> ViTCost:

@@ -3,7 +3,7 @@
 The wrapped model, its class and its state_dict stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ class MergedViT(MergedClassifier):
         super().__init__(model, policy, precision, split_layer, len(model.blocks), model.num_prefix_tokens)
         self.embed_dim, self.n_patches = model.embed_dim, model.patch_embed.num_patches
 
-    def passed_over(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from super().passed_over()
-        yield "blocks", self.model.blocks
-        for index, block in enumerate(self.model.blocks):
-            yield f"blocks.{index}", block
-            yield f"blocks.{index}.attn", block.attn
-            yield f"blocks.{index}.attn.attn_drop", block.attn.attn_drop
+    def run_layers(self, tokens: Packed, layers: range) -> tuple[Packed, list[Tensor]]:
+        # Looked up once: a list of modules takes as long to give one as a small layer's norm.
+        self._blocks = list(self.model.blocks)
+        return super().run_layers(tokens, layers)
+
+    def passed_over(self) -> list[nn.Module]:
+        blocks = self.model.blocks
+        attentions = [block.attn for block in blocks]
+        return [*super().passed_over(), blocks, *blocks, *attentions, *(attn.attn_drop for attn in attentions)]
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         model = self.model
@@ -96,9 +98,9 @@ class MergedViT(MergedClassifier):
 
     def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
         """timm's Attention on packed rows."""
-        block = self.model.blocks[layer]
+        block = self._blocks[layer]
         attn, x = block.attn, block.norm1(tokens.x)
-        qkv = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim)
+        qkv = attn.qkv(x).view(-1, 3, attn.num_heads, attn.head_dim)
         if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([attn.q_norm(q), attn.k_norm(k), v], dim=1)
@@ -112,7 +114,7 @@ class MergedViT(MergedClassifier):
         return attn.proj_drop(attn.proj(out))
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
-        block = self.model.blocks[layer]
+        block = self._blocks[layer]
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
@@ -135,7 +137,7 @@ class MergedEva(MergedViT):
 
     def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
         """timm's EvaAttention and AttentionRope on packed rows."""
-        block = self.model.blocks[layer]
+        block = self._blocks[layer]
         attn, x = block.attn, block.norm1(tokens.x)
         parts: Sequence[Tensor]
         if attn.qkv is None:
@@ -156,6 +158,6 @@ class MergedEva(MergedViT):
         return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out), qkv
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
-        block = self.model.blocks[layer]
+        block = self._blocks[layer]
         out = block.mlp(block.norm2(x))
         return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
