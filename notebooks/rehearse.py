@@ -67,7 +67,7 @@ CHAT = (
     "c.text }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 )
 # What runs beside what, with half of the cores each, in turn; what a notebook reads comes before it.
-LANES = (("00 10 20 30 35 36 37 40 41", "45 47 50"), ("65 70", "55 60 61 62"), ("90 91",))
+LANES = (("00 10 20 30 35 36 37 40 41 55", "45 47 50"), ("65 70", "60 61 62"), ("90 91",))
 ASKED = ("is it red", "how many are there", "what is it", "where is it")
 # Numbers that are smaller than in the notebooks' first cells, because these models are larger.
 FEWER: dict[str, dict[str, Any]] = {
@@ -76,13 +76,15 @@ FEWER: dict[str, dict[str, Any]] = {
                    "deit_images": 0},
     "30_search": {"n_images": 6, "n_front_images": 4, "n_trials": 8},
     "35_images_study": {"n_images": 2, "n_select": 4, "n_test": 4, "shard_size": 4, "seeds": [0], "more_seeds": [],
-                        "n_trials": 4, "left_out": ["ToFu", "size-aware ToMe", "relative threshold", "keep rates"]},
+                        "n_trials": 4, "limits": [0.1],
+                        "left_out": ["ToFu", "size-aware ToMe", "relative threshold", "keep rates"]},
     "37_images_study_adaptivity": {"n_test": 4, "n_budget": 2, "n_counterparts": 20, "shard_size": 4},
     "36_search_study": {"n_long": 6, "sizes": [], "n_select": 4},
     "40_images": {"n_test": 8, "rounds": 1, "shard_size": 4, "batch_size": 4},
     "41_baselines": {"n_baseline": 4, "n_head": 4, "batch_size": 4},
     "45_questions_study": {"n_search": [1], "n_select": [1], "n_test": [1], "n_calibration": 1, "n_trials": 3,
-                           "n_sobol": 2, "n_grid": 1, "more_seeds": [], "max_new_tokens": 2, "dtype": "float32",
+                           "limits": [0.1], "n_sobol": 2, "n_grid": 1, "more_seeds": [], "max_new_tokens": 2,
+                           "dtype": "float32",
                            "left_out": ["ToMe on tokens", "PiToMe", "ToMe constant", "random pruning", "PruMerge+",
                                         "attention, last layer"]},
     "47_questions_study_adaptivity": {"n_counterparts": 3},
@@ -93,7 +95,8 @@ FEWER: dict[str, dict[str, Any]] = {
     "62_device_and_server": {"n_talk": 2},
     "65_privacy_study": {"n_public": 24, "n_test": 6, "n_judge": 48, "judge_epochs": 8.0, "judge_name": None,
                          "retrain_seeds": [1], "batch_size": 4, "steps": 2, "check_every": 1,
-                         "n_gradient": 1, "left_out": ["pruned", "same counts", "class token"]},
+                         "n_gradient": 1, "attackers": ["grid"], "precisions": [],
+                         "left_out": ["pruned", "same counts", "class token"]},
 }  # fmt: skip
 
 
