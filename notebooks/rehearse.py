@@ -67,12 +67,12 @@ CHAT = (
     "c.text }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
 )
 # What runs beside what, with half of the cores each, in turn; what a notebook reads comes before it.
-LANES = (("00 10 20 30 35 36 37 40 41 55", "45 47 50"), ("65 70", "60 61 62"), ("90 91",))
+LANES = (("00 10 20 30 35 36 37 40 41", "45 50"), ("65 70 47", "55 60 61 62"), ("90 91",))
 ASKED = ("is it red", "how many are there", "what is it", "where is it")
 # Numbers that are smaller than in the notebooks' first cells, because these models are larger.
 FEWER: dict[str, dict[str, Any]] = {
     "10_inputs": {"n_search": 16, "n_select": 8, "n_test": 8, "batch_size": 8},
-    "20_merging": {"n_calibration": 4, "n_ranked": 2, "n_test": 4, "speed_rounds": 1, "speed_images": 4,
+    "20_merging": {"n_calibration": 4, "n_ranked": 2, "n_test": 4, "speed_rounds": 1, "speed_images": 2,
                    "deit_images": 0},
     "30_search": {"n_images": 6, "n_front_images": 4, "n_trials": 8},
     "35_images_study": {"n_images": 2, "n_select": 4, "n_test": 4, "shard_size": 4, "seeds": [0], "more_seeds": [],
