@@ -1,10 +1,11 @@
 import pytest
 import tokmerge
 import torch
-from conftest import build
+from conftest import build, build_dense
 from members import generator, measured_link
-from tokmerge.channel.analog import LearnedCodec, LinearCodec, SentAnalog, size_weight, to_features, train_codec
+from tokmerge.channel.analog import LearnedCodec, LinearCodec, size_weight, to_features, train_codec
 from tokmerge.channel.phy import Channel
+from tokmerge.channel.schemes import Member, analog_member
 from tokmerge.channel.transmission import send_image_tokens
 from tokmerge.merging.packed import Layout, Packed
 
@@ -16,13 +17,10 @@ def samples():
     return torch.randn(4000, 6, generator=generator()) * torch.tensor([4.0, 2, 1, 0.5, 0.2, 0.1]) @ turn + 3
 
 
-def send(images, policy=None):
+def send(images, policy=None, model=build):
     """By the linear codec of its own tokens."""
-    merged = tokmerge.patch(build(), policy, split_layer=2)
-    one = send_image_tokens(merged, images, ["float32"])["float32"]
-    weight = size_weight(one.tokens)
-    codec = LinearCodec.of(to_features(one.tokens, None if one.sizes is None else weight), weight)
-    return SentAnalog(one.edge_macs, one.macs, one, codec)
+    one = send_image_tokens(tokmerge.patch(model(), policy, split_layer=2), images, ["float32"])["float32"]
+    return analog_member("analog", Member("adaptive", "any", "float32", one, one)).select
 
 
 MERGING = tokmerge.Threshold(0.6)
@@ -115,3 +113,8 @@ def test_the_learned_codec_learns_and_survives_its_file(images):
     assert again.size_weight == codec.size_weight
     with pytest.raises(ValueError, match="no learned codec of 8 symbols per token: there are those of 4"):
         LearnedCodec.of(codec.named_tensors(), 8)
+
+
+def test_a_model_whose_server_needs_the_source_map_is_refused(images):
+    with pytest.raises(ValueError, match="which patches a token stands for, which analog symbols do not say"):
+        send(images, MERGING, build_dense)

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from members import measured_link
+from members import generator, measured_link
 from tokmerge.channel.bler import ErrorRates, measure_block_errors
 from tokmerge.channel.phy import LADDER, Channel, Mcs
 
@@ -29,9 +29,7 @@ def test_drawn_errors_have_the_rate_of_their_scheme_and_snr(table):
     scheme, gains = torch.tensor([0, 1] * 500), np.zeros((1000, 6))
     gains[:, 3] = -0.5
     blocks = torch.tensor([6, 6, 5, 5] * 250)
-    drawn = ErrorRates.of(table).draw(
-        scheme, blocks, torch.full((1000,), 5), gains, 1.0, torch.Generator().manual_seed(0)
-    )
+    drawn = ErrorRates.of(table).draw(scheme, blocks, torch.full((1000,), 5), gains, 1.0, generator())
     assert drawn.shape == (1000, 6)
     assert torch.equal(drawn[:, 5], blocks == 6), "beyond the slot nothing arrives, beyond the payload nothing is lost"
     assert not drawn[::2, :5].any()
@@ -40,7 +38,7 @@ def test_drawn_errors_have_the_rate_of_their_scheme_and_snr(table):
 
 
 def test_measuring_finds_the_cliff_and_stops_behind_it():
-    table = measure_block_errors(LADDER[4], None, [-1.0, 4.0, 5.0, 6.0], 6, 6, torch.Generator().manual_seed(0))
+    table = measure_block_errors(LADDER[4], None, [-1.0, 4.0, 5.0, 6.0], 6, 6, generator())
     assert table.errors.tolist() == [6, 0, 0]
     assert table.columns.tolist() == COLUMNS
 

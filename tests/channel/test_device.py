@@ -8,8 +8,7 @@ import pytest
 from aiohttp import web
 from tokmerge import wire
 from tokmerge.channel.device import payloads, request_answers
-from tokmerge.channel.segmentation import protected_means
-from tokmerge.channel.server import Responder, Server, identity
+from tokmerge.channel.server import Server, identity
 
 
 def test_payloads_have_the_length_that_the_record_says(merged, images):
@@ -18,9 +17,7 @@ def test_payloads_have_the_length_that_the_record_says(merged, images):
     assert [len(payload) for payload in sent] == record.payload_bytes.tolist()
 
 
-def test_every_request_gets_its_answer_in_order_and_another_model_none(merged, images):
-    sent, responder = payloads(merged, images), Responder(merged, protected_means(merged.edge(images), 1))
-
+def test_every_request_gets_its_answer_in_order_and_another_model_none(merged, responder, sent):
     async def run():
         server = Server(responder, identity(merged))
         host, port = await server.start()

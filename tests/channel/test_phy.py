@@ -126,9 +126,3 @@ def test_ladder_climbs_and_blocks_fill_their_symbols():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
-
-
-def test_without_sionna_it_is_said_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sionna.phy.mapping", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'tokmerge\[channel\]'"):
-        modulate(torch.zeros(1, 10), 10)

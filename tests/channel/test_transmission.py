@@ -4,7 +4,7 @@ import pytest
 import tokmerge
 import torch
 from conftest import build_dense
-from members import measured_link
+from members import generator, measured_link
 from tokmerge import wire
 from tokmerge.channel.comparison import contest, hits
 from tokmerge.channel.phy import LADDER, Channel
@@ -15,6 +15,7 @@ from tokmerge.channel.transmission import send_image_tokens
 from tokmerge.data.image_sets import Batch
 from tokmerge.evaluation import maps
 from tokmerge.merging.merge import unmerge_tokens
+from tokmerge.merging.packed import Layout
 
 PATCHES = 64
 
@@ -24,8 +25,7 @@ def test_nothing_lost_is_the_model_with_quantised_tokens(merged, images):
         logits, record = merged(images, through=lambda t, p=precision: t.with_x(wire.quantise(t.x, p)))
         assert torch.equal(one.answers, logits.argmax(1))
         assert torch.equal(one.answer(torch.ones(len(one.order), dtype=torch.bool)), one.answers)
-        generator = torch.Generator().manual_seed(0)
-        assert torch.equal(one.deliver(measured_link(), 60.0, 10**8, 11, generator), one.answers)
+        assert torch.equal(one.deliver(measured_link(), 60.0, 10**8, 11, generator()), one.answers)
         assert torch.equal(one.edge_macs, record.edge_macs)
 
 
@@ -42,7 +42,7 @@ def test_payloads_are_what_the_layout_says(merged, images):
 @pytest.mark.parametrize("how", ["drop", "mean", "zero"])
 def test_answers_with_losses_are_those_of_each_image_alone(merged, images, how):
     one = send_image_tokens(merged, images, ["int8"])["int8"]
-    received = torch.rand(len(one.order), generator=torch.Generator().manual_seed(1)) < 0.6
+    received = torch.rand(len(one.order), generator=generator(1)) < 0.6
     received[one.tokens.layout.image == 2] = False
     got, arrived = one.answer(received, how), torch.empty_like(received)
     arrived[one.order] = received
@@ -56,9 +56,9 @@ def test_answers_with_losses_are_those_of_each_image_alone(merged, images, how):
 
 
 def test_slots_are_kept_to_and_too_little_room_or_snr_leaves_the_same_answer_for_all(merged, images):
-    one, link, generator = send_image_tokens(merged, images, ["int4"])["int4"], measured_link(), torch.Generator()
+    one, link = send_image_tokens(merged, images, ["int4"])["int4"], measured_link()
     for snr_db, uses in ((-30.0, 10**6), (60.0, 10)):
-        assert one.deliver(link, snr_db, uses, 11, generator).tolist() == [int(one.blind_answer)] * len(images)
+        assert one.deliver(link, snr_db, uses, 11, generator()).tolist() == [int(one.blind_answer)] * len(images)
     for uses in (500, 3000, 20_000):
         used, most = link.used(one.n_bytes, uses, 6), LADDER[6].blocks(one.n_bytes) * LADDER[6].uses
         assert (used <= uses).all()
@@ -69,7 +69,7 @@ def test_fading_of_payloads_loses_more_images_whole_than_fading_of_blocks(merged
     one, whole = send_image_tokens(merged, images.repeat(12, 1, 1, 1), ["int8"])["int8"], {}
     for fading in ("payload", "block"):
         link = measured_link(Channel("rayleigh"), fading)
-        info_bits, lost = link.lose_blocks(one.n_bytes, 4.0, 10**5, 4, torch.Generator().manual_seed(0))
+        info_bits, lost = link.lose_blocks(one.n_bytes, 4.0, 10**5, 4, generator())
         arrived = one.segmentation(info_bits).received(lost).split(one.tokens.layout.counts)
         whole[fading] = sum(bool(image.all()) for image in arrived)
     assert whole["payload"] > whole["block"]
@@ -115,11 +115,10 @@ def test_a_payload_of_another_grid_or_without_a_map_is_refused(images):
 @pytest.mark.parametrize("how", ["drop", "mean", "zero"])
 def test_patches_of_lost_tokens_are_what_their_concealment_says(dense, images, how):
     one = send_image_tokens(dense, images, ["float32"])["float32"]
-    received = torch.rand(len(one.order), generator=torch.Generator().manual_seed(3)) < 0.6
-    arrived = torch.empty_like(received)
+    received = torch.rand(len(one.order), generator=generator(3)) < 0.6
+    got, arrived = one.answer(received, how), torch.empty_like(received)
     arrived[one.order] = received
-    got = one.answer(received, how)
-    model, last = dense.model, torch.arange(2, 4)
+    model, last = dense.model, range(2, 4)
     for i in range(len(images)):
         tokens, some = one.tokens.images(torch.tensor([i])), arrived[one.tokens.layout.image == i]
         alone = tokens.full_sizes.clone()
@@ -140,20 +139,18 @@ def test_patches_of_lost_tokens_are_what_their_concealment_says(dense, images, h
             mean = (x[1:] * alone[1:, None]).sum(0) / alone[1:].sum()
             x, alone = torch.cat([x, mean[None]]), torch.cat([alone, (PATCHES - alone[1:].sum())[None]])
             named = torch.where(named < 0, len(x) - 1, named)
-        if dense.policy is not None and any(dense.policy.active(int(layer)) for layer in last):
-            expected = dense.serve(replace(tokens, x=x, layout=type(tokens.layout)(torch.tensor([len(x)])),
-                                            sizes=alone, source=named[None]))[0]  # fmt: skip
+        left = replace(tokens, x=x, layout=Layout(torch.tensor([len(x)])), sizes=alone, source=named[None])
+        if dense.policy is not None and any(map(dense.policy.active, last)):
+            expected = dense.serve(left)[0]
         else:
-            left = replace(tokens, x=x, layout=type(tokens.layout)(torch.tensor([len(x)])), sizes=alone, source=None)
-            for layer in last.tolist():
-                left = dense.run_layers(left, range(layer, layer + 1))[0]
+            left, _ = dense.run_layers(replace(left, source=None), last)
             grid = unmerge_tokens(replace(left, x=model.norm(left.x)), named[None])
             expected = model.decoder(grid[:, 1:].transpose(1, 2).unflatten(2, (8, 8)))[0]
         assert torch.equal(got[i], expected > 0)
 
 
 def test_families_are_compared_by_the_overlap_of_their_maps(images):
-    model, masks = build_dense(), torch.rand(5, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    model, masks = build_dense(), torch.rand(5, 32, 32, generator=generator()) < 0.5
     batch = Batch(list("abcde"), images, torch.zeros(5, dtype=torch.long), masks)
     whole = token_members("unmerged", "unmerged", model, None, 2, batch, batch, ["int8"])[0]
     whole = Member("unmerged", "unmerged", "int8", whole.select, whole.test, "whole")

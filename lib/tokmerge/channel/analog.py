@@ -30,11 +30,17 @@ BATCH, RATE, SNRS_DB = 32, 2e-3, (-5.0, 20.0)
 
 
 def to_features(tokens: Packed, weight: float | Tensor | None) -> Tensor:
-    """(T, D) of the tokens, or (T, D + 1) with ``weight`` log2 of their sizes; None where sizes are not sent."""
+    """(T, D) of the tokens, or (T, D + 1) with ``weight`` log2 of their sizes; None where sizes are not sent.
+
+    Raises:
+        ValueError: tokens with a source map, which symbols cannot carry.
+    """
+    if tokens.source is not None:
+        raise ValueError("this model's server needs to know which patches a token stands for, which analog symbols do "
+                         "not say: send its tokens as bytes (without codec_symbols)")  # fmt: skip
     if weight is None:
         return tokens.x
-    sizes = torch.ones(len(tokens.x)) if tokens.sizes is None else tokens.sizes
-    return torch.cat([tokens.x, weight * sizes.log2()[:, None]], dim=1)
+    return torch.cat([tokens.x, weight * tokens.full_sizes.log2()[:, None]], dim=1)
 
 
 def from_features(features: Tensor, layout: Layout, weight: float | Tensor | None, patches: int) -> Packed:
@@ -131,12 +137,11 @@ class LearnedCodec(nn.Module):
 
     def encode(self, features: Tensor, k: int) -> Tensor:
         raw = self.encoder((features - self.mean) / self.scale)
-        power = raw.square().mean() * 2
+        power = raw.square().mean() * 2 if self.training else self.power
         if self.training:
             # What training normalised by is what sending normalises by: a device does not know other devices' tokens.
             self.power.lerp_(power.detach(), 0.02)
-        raw = raw / (power if self.training else self.power).sqrt()
-        return torch.view_as_complex(raw.view(len(features), self.k, 2).contiguous())
+        return torch.view_as_complex((raw / power.sqrt()).view(len(features), self.k, 2).contiguous())
 
     def decode(self, symbols: Tensor, noise: Tensor) -> Tensor:
         level = noise.clamp(min=1e-4, max=1e2).log10()[:, None]
@@ -156,10 +161,9 @@ class SentAnalog(Sent):
     def deliver(self, link: Link, snr_db: Decibels, uses: Uses, cap: int, generator: torch.Generator) -> Tensor:
         """As of `Sent`; there is no scheme to cap."""
         tokens, sent = self.receive(link, snr_db, uses, generator)
+        server, rows = self.sent.server, tokens.layout.rows
         parts = torch.arange(len(tokens.lengths)).split(128)
-        return torch.cat([
-            decide(self.sent.server.classify(tokens.images(part), sent[tokens.layout.rows(part)])) for part in parts
-        ])  # fmt: skip
+        return torch.cat([decide(server.classify(tokens.images(part), sent[rows(part)])) for part in parts])
 
     @torch.inference_mode()
     def receive(self, link: Link, snr_db: Decibels, uses: Uses, generator: torch.Generator) -> tuple[Packed, Tensor]:
@@ -167,9 +171,8 @@ class SentAnalog(Sent):
         tokens, codec, n = self.sent.tokens, self.codec, len(self.macs)
         layout, lengths = tokens.layout, tokens.lengths
         weight = None if self.sent.sizes is None else codec.size_weight
-        least, most = codec.symbols
         slot = torch.as_tensor(uses).expand(n) - (link.channel.pilots or 0)
-        k = (slot // lengths).clamp(least, most)
+        k = (slot // lengths).clamp(*codec.symbols)
         copies = (slot // (lengths * k)).clamp(min=1)
         # One gain per image; the average of n copies is as one with 1 / n of the noise.
         gains = link.channel.gains(n, generator)
@@ -186,9 +189,8 @@ class SentAnalog(Sent):
             drawn = torch.randn(symbols.shape, dtype=symbols.dtype, generator=generator)
             y = gains[image, None] * symbols + spread[image].sqrt()[:, None] * drawn
             out[rows] = codec.decode(y / known[image, None], left[image])
-        sent = torch.empty(len(out), dtype=torch.bool)
-        sent[self.sent.order] = layout.position < (slot // k).clamp(min=0)[layout.image]
-        return from_features(out, layout, weight, self.sent.server.patches), sent
+        sent = (layout.position < (slot // k).clamp(min=0)[layout.image])[self.sent.order.argsort()]
+        return from_features(out, layout, weight, self.sent.server.merged.n_patches), sent
 
 
 def train_codec(codec: LearnedCodec, sets: Sequence[SentTokens], steps: int, seed: int) -> list[float]:
@@ -219,7 +221,8 @@ def train_codec(codec: LearnedCodec, sets: Sequence[SentTokens], steps: int, see
         out = codec.decode(symbols + noise.sqrt()[:, None] * drawn, noise)
         with torch.no_grad():
             whole = server.serve(tokens).log_softmax(1)
-        got = server.serve(from_features(out, tokens.layout, weight, server.patches)).log_softmax(1)
+        received = from_features(out, tokens.layout, weight, server.merged.n_patches)
+        got = server.serve(received).log_softmax(1)
         divergence = F.kl_div(got, whole, log_target=True, reduction="batchmean")
         return divergence + ((out - given) / codec.scale).square().mean()
 

@@ -92,18 +92,17 @@ class Gain(NamedTuple):
 
 
 def cliff_gain_db(
-    table: pd.DataFrame, family: str, over: str = "unmerged", base: str = "unmerged", slack: float = 0.01,
-    draws: int = 1000, seed: int = 0,
-) -> Gain:  # fmt: skip
-    """How many decibels less a family needs than another where ``base`` falls off the cliff.
+    table: pd.DataFrame, family: str, over: str = "unmerged", slack: float = 0.01, draws: int = 1000
+) -> Gain:
+    """How many decibels less a family needs than another where the unmerged fall off the cliff.
 
-    The cliff is ``slack`` below what the base reaches at the largest SNR; each curve, linear between SNRs, is followed
+    The cliff is ``slack`` below what they reach at the largest SNR; each curve, linear between SNRs, is followed
     upwards to where it first gets there. The interval is over images; `tokmerge.claims.with_step` adds the SNR step.
 
     Args:
         table: of one sweep, as `contest` gives it: columns snr_db, family, right.
-        family, over, base, slack: who is compared with whom, and at which accuracy.
-        draws, seed: of a bootstrap over the test images.
+        family, over, slack: who is compared with whom, and at which accuracy.
+        draws: of a bootstrap over the test images.
 
     Returns:
         The gain; bounded where a curve is there at the smallest SNR already, or not even at the largest: those are
@@ -116,7 +115,7 @@ def cliff_gain_db(
     """
     ordered = table.sort_values("snr_db")
     right = {name: np.stack([np.asarray(row, float) for row in part.right]) for name, part in ordered.groupby("family")}
-    snrs = ordered[ordered.family == base].snr_db.to_numpy(float)
+    snrs = ordered[ordered.family == "unmerged"].snr_db.to_numpy(float)
 
     def reached(curve: np.ndarray, goal: float) -> tuple[float, bool]:
         above = np.flatnonzero(curve >= goal)
@@ -126,11 +125,11 @@ def cliff_gain_db(
         return float(np.interp(goal, curve[last - 1 : last + 1], snrs[last - 1 : last + 1])), False
 
     def gain(images: np.ndarray) -> tuple[float, bool]:
-        goal = right[base][-1, images].mean() - slack
+        goal = right["unmerged"][-1, images].mean() - slack
         (theirs, one), (own, other) = (reached(right[name][:, images].mean(1), goal) for name in (over, family))
         return theirs - own, one or other
 
-    n, rng = right[base].shape[1], np.random.default_rng(seed)
+    n, rng = right["unmerged"].shape[1], np.random.default_rng(0)
     db, bounded = gain(np.arange(n))
     low, high = np.quantile([gain(rng.integers(n, size=(n,)))[0] for _ in range(draws)], [0.025, 0.975])
     return Gain(db, float(low), float(high), bounded)

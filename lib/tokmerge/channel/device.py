@@ -40,8 +40,7 @@ async def request_answers(
     Args:
         payloads, host, port: what arrives of each image, and where.
         identity: of the device's model, see `tokmerge.channel.server.identity`.
-        window, timeout_s: most requests under way; longest wait for an answer.
-        attempts: to have a payload answered.
+        window, timeout_s, attempts: most requests under way; longest wait for an answer; how often a payload is sent.
 
     Raises:
         ConnectionError: the server runs something else, or payloads are unanswered after the last attempt.

@@ -92,22 +92,21 @@ def latency_s(sent: Sent, slot: Slot, link: Link, cap: int) -> Tensor:
 
 
 def compute_lookup(
-    members: Sequence[Member], link: Link, snrs_db: Iterable[float], slots: Sequence[Slot], goal: Tensor,
-    n_caps: int = 2, seed: int = 0,
-) -> Lookup:  # fmt: skip
+    members: Sequence[Member], link: Link, snrs_db: Iterable[float], slots: Sequence[Slot], goal: Tensor, seed: int = 0
+) -> Lookup:
     """Fill the table in, on select images alone.
 
     Args:
         members: what may be sent.
         link: the channel at a given SNR (AWGN), and its block error rates.
         snrs_db, slots: of the cells: lower ends, ascending; channel uses and deadline, both set.
-        goal, n_caps, seed: as of `tokmerge.channel.comparison.contest`.
+        goal, seed: as of `tokmerge.channel.comparison.contest`.
     """
     choices = []
     for slot in slots:
         assert slot.uses is not None
         for snr_db in tqdm(list(snrs_db), desc=f"{slot.uses} uses, {slot.deadline_s:g} s", unit="SNR"):
-            tried = options(members, link, snr_db, slot, goal, n_caps, seed)
+            tried = options(members, link, snr_db, slot, goal, 2, seed)
             best = max(score for score, _, _ in tried)
             timed = [(float(latency_s(members[index].select, slot, link, cap).mean()), score, index, cap)
                      for score, index, cap in tried if score >= best - SCORE_SLACK]  # fmt: skip

@@ -12,7 +12,6 @@ propagation, all of it from Sionna. Below rate 1/5, as in 5G, a block is repeate
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -139,18 +138,11 @@ LADDER = (
 )  # fmt: skip
 
 
-def _sionna(module: str) -> Any:
-    """A module of Sionna, which takes seconds to load and is not needed for drawn errors."""
-    try:
-        return import_module(f"sionna.phy.{module}")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("codes and symbols need Sionna: pip install 'tokmerge[channel]'") from error
-
-
 @cache
 def _mapping(bits: int) -> tuple[Any, Any]:
     """Sionna's mapper and soft demapper of a Gray QAM."""
-    mapping = _sionna("mapping")
+    from sionna.phy import mapping  # takes seconds to load, and is not needed for drawn errors
+
     constellation = mapping.Constellation("qam", bits)
     return mapping.Mapper(constellation=constellation), mapping.Demapper("app", constellation=constellation)
 
@@ -158,7 +150,8 @@ def _mapping(bits: int) -> tuple[Any, Any]:
 @cache
 def _code(info_bits: int, bits: int) -> tuple[Any, Any]:
     """Sionna's 5G LDPC encoder and decoder."""
-    ldpc = _sionna("fec.ldpc")
+    from sionna.phy.fec import ldpc
+
     encoder = ldpc.LDPC5GEncoder(info_bits, CODED_BITS, num_bits_per_symbol=bits)
     return encoder, ldpc.LDPC5GDecoder(encoder, hard_out=True, num_iter=ITERATIONS)
 

@@ -147,16 +147,15 @@ def token_members(
     return [Member(family, name, precision, on_select[precision], on_test[precision]) for precision in precisions]
 
 
-def analog_member(family: str, member: Member, codec: LearnedCodec | None = None) -> Member:
+def analog_member(family: str, member: Member, codec: LearnedCodec | LinearCodec | None = None) -> Member:
     """A member's tokens, of the finest precision, sent by a learned codec or by the linear one of its select tokens."""
     select, test = member.select, member.test
     assert isinstance(select, SentTokens)
     assert isinstance(test, SentTokens)
-    chosen: LinearCodec | LearnedCodec | None = codec
-    if chosen is None:
+    if codec is None:
         weight = size_weight(select.tokens)
-        chosen = LinearCodec.of(to_features(select.tokens, None if select.sizes is None else weight), weight)
-    on_select, on_test = (SentAnalog(part.edge_macs, part.macs, part, chosen) for part in (select, test))
+        codec = LinearCodec.of(to_features(select.tokens, None if select.sizes is None else weight), weight)
+    on_select, on_test = (SentAnalog(part.edge_macs, part.macs, part, codec) for part in (select, test))
     return Member(family, member.name, "analog", on_select, on_test, "analog")
 
 
@@ -171,9 +170,8 @@ def send_files(model: Any, images: ImageSet, format: str, quality: int) -> SentF
         seen.append(prepare(image_codecs.decompress(payload, example.image.mode)))
     device, blank = next(merged.parameters()).device, torch.zeros_like(seen[0])
     parts = [merged(part.to(device)) for part in torch.stack([*seen, blank]).split(64)]
-    answers, macs = (torch.cat(column).cpu() for column in zip(
-        *((decide(logits), record.macs) for logits, record in parts), strict=True))  # fmt: skip
-    macs = macs[:-1]
+    answers = torch.cat([decide(logits) for logits, _ in parts]).cpu()
+    macs = torch.cat([record.macs for _, record in parts])[:-1].cpu()
     return SentFiles(torch.zeros_like(macs), macs, torch.tensor(n_bytes), answers[:-1], answers[-1])
 
 

@@ -41,9 +41,8 @@ def travel_order(layout: Layout, protected: int) -> Tensor:
 def encode_payloads(merged: MergedClassifier, tokens: Packed, chunk_tokens: int = LINK_CHUNK) -> list[bytes]:
     """The payload of each image, as the device sends it: its tokens at the split, in the order of travel."""
     order = travel_order(tokens.layout, merged.protected)
-    sizes, counts = merged.sent_sizes(tokens), tokens.layout.counts
-    source = merged.sent_source(tokens)
-    return wire.encode_images(tokens.x, counts, sizes, merged.precision, chunk_tokens, order, source)
+    sizes, source = merged.sent_sizes(tokens), merged.sent_source(tokens)
+    return wire.encode_images(tokens.x, tokens.layout.counts, sizes, merged.precision, chunk_tokens, order, source)
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def conceal(tokens: Packed, received: Tensor, prototype: Tensor, patches: int, h
         raise ValueError(f"unknown concealment {how!r}: use one of {', '.join(CONCEALMENTS)}")
     protected = tokens.layout.position < len(prototype)
     replaced, present = protected & ~received, protected | received
-    x, sizes = tokens.x.clone(), torch.ones(len(received)) if tokens.sizes is None else tokens.sizes.clone()
+    x, sizes = tokens.x.clone(), tokens.full_sizes.clone()
     x[replaced], sizes[replaced] = prototype[tokens.layout.position[replaced]], 1.0
     if how == "zero":
         sizes[~present] = 1.0

@@ -54,14 +54,9 @@ class Responder:
     prototype: Tensor
 
     @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return int(self.merged.n_patches)
-
-    @property
     def most_tokens(self) -> int:
         """Tokens of an image in which nothing has merged."""
-        return len(self.prototype) + self.patches
+        return len(self.prototype) + self.merged.n_patches
 
     @property
     def longest(self) -> int:
@@ -95,7 +90,7 @@ class Responder:
 
     def classify(self, tokens: Packed, received: Tensor, how: str = "drop") -> Tensor:
         """(B, classes) scores or (B, H, W) maps of the tokens that (T,) arrived; ``how`` as of `conceal`."""
-        return self.serve(conceal(tokens, received, self.prototype, self.patches, how))
+        return self.serve(conceal(tokens, received, self.prototype, self.merged.n_patches, how))
 
     def serve(self, tokens: Packed) -> Tensor:
         """(B, classes) scores or (B, H, W) maps, computed where the model lies, in its precision; of and to the CPU."""
@@ -128,9 +123,6 @@ class Server:
         identity: what it runs, see `identity`.
         max_bytes, body_s: longest payload, in bytes and from its first to its last byte.
         max_waiting: most requests under way; further ones are turned away.
-
-    Attributes:
-        answered, failed: requests answered with scores, and with what was wrong.
     """
 
     def __init__(
@@ -138,7 +130,7 @@ class Server:
         max_waiting: int = 256,
     ) -> None:  # fmt: skip
         self.responder, self.identity, self.body_s, self.max_waiting = responder, identity, body_s, max_waiting
-        self.answered = self.failed = self._waiting = 0
+        self._waiting = 0
         app = web.Application(client_max_size=max_bytes)
         app.router.add_post("/answers", self._answer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -173,9 +165,9 @@ class Server:
 
     async def _answer(self, request: web.Request) -> web.Response:
         if differing := _differences(request.headers.get(IDENTITY, ""), self.identity):
-            return self._refuse(409, f"device and server do not run the same: {differing}")
+            return web.Response(status=409, text=f"device and server do not run the same: {differing}")
         if self._waiting >= self.max_waiting:
-            return self._refuse(503, f"{self._waiting} requests are under way")
+            return web.Response(status=503, text=f"{self._waiting} requests are under way")
         self._waiting += 1
         try:
             async with asyncio.timeout(self.body_s):
@@ -184,17 +176,12 @@ class Server:
             self._queue.put_nowait((payload, future))
             result = await future
         except TimeoutError:
-            return self._refuse(408, f"a payload took longer than {self.body_s:g} s")
+            return web.Response(status=408, text=f"a payload took longer than {self.body_s:g} s")
         finally:
             self._waiting -= 1
         if isinstance(result, Exception):
-            return self._refuse(422 if isinstance(result, ValueError) else 500, str(result))
-        self.answered += 1
+            return web.Response(status=422 if isinstance(result, ValueError) else 500, text=str(result))
         return web.Response(body=result.numpy().astype("<f4").tobytes())
-
-    def _refuse(self, status: int, why: str) -> web.Response:
-        self.failed += 1
-        return web.Response(status=status, text=why)
 
 
 def _differences(told: str, own: dict[str, Any]) -> str:

@@ -173,8 +173,7 @@ class SentTokens(SentPayloads):
         return encode_payloads(self.server.merged, self.tokens.images(torch.tensor([index])), self.chunk_tokens)[0]
 
     def _answer(self, received: Tensor, how: str) -> Tensor:
-        layout, arrived = self.tokens.layout, torch.empty_like(received)
-        arrived[self.order] = received
+        layout, arrived = self.tokens.layout, received[self.order.argsort()]
         count = torch.zeros_like(layout.lengths).index_add_(0, layout.image, arrived.long())
         answers = self.answers.clone()
         answers[count == 0] = self.blind_answer

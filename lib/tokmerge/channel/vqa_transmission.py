@@ -49,8 +49,7 @@ class SentVisualTokens(SentPayloads):
         return Segmentation.of_tokens(self.layout, dim, self.merged.precision, None, info_bits, self.chunk_tokens)
 
     def _answer(self, received: Tensor, how: str) -> Tensor:
-        arrived = torch.empty_like(received)
-        arrived[travel_order(self.layout, 0)] = received
+        arrived = received[travel_order(self.layout, 0).argsort()]
         parts = arrived.split([len(part.tokens.x) for part in self.images])
         scores = []
         for (questions, _, _, prompts), images, kept in zip(self.answering.batches, self.images, parts, strict=True):

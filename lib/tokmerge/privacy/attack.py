@@ -1,8 +1,8 @@
 """One attack from end to end: intercept, train, rebuild, measure; a `Target` is what all attacks on a model share."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from tokmerge.data.registry import load_images
 from tokmerge.data.scenes import PHOTO
 from tokmerge.evaluation.inputs import Inputs
 from tokmerge.evaluation.outcomes import agreement, decide
-from tokmerge.io import paths, store
+from tokmerge.io import paths
 from tokmerge.io.cache import Cache
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.packed import Packed
@@ -43,17 +43,10 @@ class Reconstruction(NamedTuple):
     @classmethod
     def cached(cls, cache: Cache, piece: str, make: Callable[[], "Reconstruction"], n_shown: int) -> "Reconstruction":
         """What ``make`` gives, its first ``n_shown`` pictures as uint8: made once, and read from then on."""
-
-        def parts() -> pd.DataFrame:
-            made = make()
-            store.save_table(made.curve, curve)
-            store.save_tensors({"rebuilt": to_uint8(made.rebuilt[:n_shown])}, rebuilt)
-            return made.table
-
-        curve, rebuilt = cache.path(f"{piece} curve", ".parquet"), cache.path(piece, ".safetensors")
-        # The table is written last: where it is, everything is.
-        table = cache.table(piece, parts)
-        return cls(table, store.load_table(curve), store.load_tensors(rebuilt)["rebuilt"])
+        made = functools.cache(make)
+        curve = cache.table(f"{piece} curve", lambda: made().curve)
+        rebuilt = cache.tensors(piece, lambda: {"rebuilt": to_uint8(made().rebuilt[:n_shown])})
+        return cls(cache.table(piece, lambda: made().table), curve, rebuilt["rebuilt"])
 
 
 @dataclass
@@ -130,9 +123,8 @@ class Target:
         shape: Any = tuple(self.originals.shape[1:])
         attacker = decoder.Attacker(kind, public.x.shape[1], public.source.shape[1], self.prefix, shape, width)
         attacker.to("cuda" if torch.cuda.is_available() else "cpu")
-        curve = decoder.train_attacker(
-            attacker, public, self.reduce(self.public), defence.receive, seed=seed, **training
-        )
+        images = self.reduce(self.public)
+        curve = decoder.train_attacker(attacker, public, images, defence.receive, seed=seed, **training)
         generator = torch.Generator().manual_seed(seed + 1)
         rebuilt = decoder.reconstruct(attacker, test, defence.receive, self.batch_size, generator)
         return Reconstruction(self.measure(rebuilt, test, defence, split_layer, seed), curve, rebuilt)
@@ -145,7 +137,7 @@ class Target:
         table = leakage.similarity(images, rebuilt)
         first, second = (self.normalise(part[:N_DISTANCE]) for part in (images, rebuilt))
         distance = leakage.feature_distance(self.features, first, second, self.batch_size)
-        table["distance"] = pd.Series(distance.cpu().numpy()).reindex(table.index)
+        table["distance"] = pd.Series(distance.cpu().numpy())
         table["hit"] = self.hits(rebuilt).numpy()
         table["relative"] = table.hit / self.judge_accuracy()
         table = table.join(leakage.reidentify(images, rebuilt, self.groups))
@@ -180,12 +172,10 @@ def classifier_target(
 
     Args:
         inputs: what 10_inputs settled on.
-        public_source, n_public: split of the same data that public images come from, and how many.
+        public_source, n_public, seed: split of the same data that public images come from; how many; of their draw.
         n_test: the first of the test images; None for all.
-        batch_size: images at a time, outside training.
         judge: (B, C, H, W) in [0, 1] to class scores, or to logits of maps.
-        seed: of the draw.
-        side: as of `Target`.
+        batch_size, side: as in `Target`.
     """
     model = inputs.model
     assert isinstance(model, timm.models.VisionTransformer)
@@ -195,7 +185,7 @@ def classifier_target(
     plain = patch(model, None)
 
     def edge(policy: Policy | None, split_layer: int | None) -> Callable[[Tensor], Packed]:
-        return partial(patch(model, policy, split_layer=split_layer).edge, source=True)
+        return functools.partial(patch(model, policy, split_layer=split_layer).edge, source=True)
 
     def answer(tokens: Packed, defence: Defence, split_layer: int | None, seed: int) -> tuple[Tensor, Tensor]:
         merged = patch(model, defence.policy, precision=defence.precision, split_layer=split_layer)

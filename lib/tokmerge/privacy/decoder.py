@@ -74,6 +74,9 @@ class Attacker(nn.Module):
         ValueError: unknown kind, or patches that do not tile the image in a square grid.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(
         self, kind: str, dim: int, n_tokens: int, prefix: int, image_shape: tuple[int, int, int], width: int = 48
     ) -> None:
@@ -106,11 +109,6 @@ class Attacker(nn.Module):
         self.refine = nn.Conv2d(fine, fine, 3, padding=1)
         self.paint = nn.Conv2d(fine, channels, 3, padding=1)
 
-    def adapt(self, tokens: Packed) -> None:
-        """Take the scale of the values from some of the tokens to come."""
-        self.mean = tokens.x.float().mean(0)
-        self.scale = tokens.x.float().std(0).clamp_min(1e-6)
-
     def forward(self, tokens: Packed) -> Tensor:
         """(B, C, H, W) images, 0 black and 1 white (not clamped)."""
         x = self.embed((tokens.x - self.mean) / self.scale)
@@ -131,9 +129,8 @@ class Attacker(nn.Module):
 
     def _attend(self, x: Tensor, tokens: Packed) -> Tensor:
         """(B, w, side, side) what the queries find in the tokens."""
-        sizes = torch.ones(len(x), device=x.device) if tokens.sizes is None else tokens.sizes
-        x = x + self.size(sizes.float().log2().long().clamp(max=SIZE_LEVELS - 1)) + self._positions(tokens)
-        layout = tokens.layout
+        levels = tokens.full_sizes.float().log2().long().clamp(max=SIZE_LEVELS - 1)
+        x, layout = x + self.size(levels) + self._positions(tokens), tokens.layout
         padded, missing = layout.pad(x), ~layout.valid
         queries = self.queries.expand(len(padded), -1, -1)
         for block in self.blocks:
@@ -145,7 +142,7 @@ class Attacker(nn.Module):
         """(T, w) where each token is: its patches' mean if the source map is known, else its turn."""
         layout = tokens.layout
         if self.kind == "sequence":
-            return self.position[torch.arange(len(tokens.x), device=tokens.x.device) - layout.offsets[layout.image]]
+            return self.position[layout.position]
         assert tokens.source is not None
         known = tokens.source >= 0
         rows = (tokens.source.clamp(min=0) + layout.offsets[:, None])[known]
@@ -171,13 +168,10 @@ def train_attacker(
     those of the best check.
 
     Args:
-        attacker: what is trained.
         tokens, images: intercepted tokens of n images, and those images, (n, C, H, W) uint8.
         distort: what happens on the way, such as `tokmerge.privacy.defence.Defence.receive`.
-        steps: at most.
-        check_every: steps between looks at the held-out images; the rate rises until the first.
-        batch_size, lr: of AdamW.
-        seed: of batches and noise.
+        steps, check_every: at most; between looks at the held-out images, until the first of which the rate rises.
+        batch_size, lr, seed: of AdamW; of batches and noise.
         n_check: the last images, held out to watch convergence.
         description: shown beside the progress bar; None for no bar.
 
@@ -194,7 +188,8 @@ def train_attacker(
         raise ValueError(f"{steps} steps are fewer than the {check_every} between two checks")
     generator, device = torch.Generator().manual_seed(seed), next(attacker.parameters()).device
     held_out = tokens.images(torch.arange(n, n + n_check))
-    attacker.adapt(distort(held_out, generator).to(device))
+    values = distort(held_out, generator).to(device).x.float()
+    attacker.mean, attacker.scale = values.mean(0), values.std(0).clamp_min(1e-6)
     batches = _shuffled_batches(n, batch_size, generator)
     curve: list[dict[str, float]] = []
 
@@ -213,8 +208,7 @@ def train_attacker(
         held = reconstruction_loss(rebuilt, images[n:] / 255).item()
         if not curve or held < min(row["loss"] for row in curve):
             best.update({name: value.detach().clone() for name, value in attacker.state_dict().items()})
-        rate = optimizer.param_groups[0]["lr"]
-        curve.append({"step": done, "images": done * batch_size, "loss": held, "lr": rate})
+        curve.append({"step": done, "images": done * batch_size, "loss": held, "lr": optimizer.param_groups[0]["lr"]})
         falling.step(held)
         # The schedule that rises would set the rate anew: its base falls with it.
         rising.base_lrs = [group["lr"] for group in optimizer.param_groups]

@@ -83,9 +83,8 @@ def collect_tokens(tokens: Callable[[Tensor], Packed], images: Tensor, batch_siz
             part = tokens(batch).to("cpu")
             assert part.source is not None
             x = wire.quantise(part.x.float(), "float16").half()
-            sizes = torch.ones(len(x)) if part.sizes is None else part.sizes.float()
             # The source maps of many images are large; int16 holds any place in them.
-            parts.append(replace(part, x=x, sizes=sizes, source=part.source.short()))
+            parts.append(replace(part, x=x, sizes=part.full_sizes.float(), source=part.source.short()))
     return join(parts)
 
 

@@ -88,13 +88,14 @@ def summarise_leakage(
     """
     n, metrics = len(table), list(table.columns)
     rng = np.random.default_rng(seed)
-    samples = [np.arange(n), *(rng.integers(0, n, n) for _ in range(draws))]
+    samples = np.stack([np.arange(n), *(rng.integers(0, n, n) for _ in range(draws))])
+    parts = np.array_split(samples, max(1, samples.size // 100_000))  # a few MB at a time
     rows = []
     for which in ("all", "worst"):
-        means = np.stack([_means(table, drawn, which) for drawn in samples])
+        means = np.concatenate([_means(table, drawn, which) for drawn in parts])
         change = None
         if reference is not None:
-            change = means - np.stack([_means(reference[metrics], drawn, which) for drawn in samples])
+            change = means - np.concatenate([_means(reference[metrics], drawn, which) for drawn in parts])
         for column, metric in enumerate(metrics):
             row = {"metric": metric, "images": which, **_interval(means[:, column], "value", "low", "high")}
             if change is not None:
@@ -103,15 +104,16 @@ def summarise_leakage(
     return pd.DataFrame(rows)
 
 
-def _means(table: pd.DataFrame, rows: np.ndarray, which: str) -> np.ndarray:
-    """Mean of every column over the images drawn, or over the worst of them."""
-    values = table.to_numpy(float)[rows]
+def _means(table: pd.DataFrame, drawn: np.ndarray, which: str) -> np.ndarray:
+    """Mean of every column over the images of every draw (one a row), or over the worst of them: (draws, columns)."""
+    values = table.to_numpy(float)[drawn]
     if which == "worst":
-        count = max(1, round(WORST * len(rows)))
-        values = values[np.argsort(-values[:, table.columns.get_loc("ssim")], kind="stable")[:count]]
+        count = max(1, round(WORST * drawn.shape[1]))
+        order = np.argsort(-values[:, :, table.columns.get_loc("ssim")], axis=1, kind="stable")[:, :count]
+        values = np.take_along_axis(values, order[:, :, None], 1)
     seen = np.isfinite(values)
-    total, number = np.where(seen, values, 0.0).sum(0), seen.sum(0)
-    return np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
+    total, number = np.where(seen, values, 0.0).sum(1), seen.sum(1)
+    return np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0)
 
 
 def _interval(values: np.ndarray, *names: str) -> dict[str, float]:
