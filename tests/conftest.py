@@ -38,16 +38,20 @@ VARIANTS = {
 }
 
 
-def build(variant="cls", **overrides):
-    """A small random model whose tokens are as spread out as a trained one's."""
-    kind, arguments = VARIANTS[variant]
-    torch.manual_seed(7)
-    model = kind(**{**GEOMETRY, **arguments, **overrides}).eval()
+def spread(model):
+    """Random weights whose tokens are as spread out as a trained model's."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.3 if name == "pos_embed" else 1.5 * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def build(variant="cls", **overrides):
+    """A small random model."""
+    kind, arguments = VARIANTS[variant]
+    torch.manual_seed(7)
+    return spread(kind(**{**GEOMETRY, **arguments, **overrides}))
 
 
 def build_dense():
@@ -55,12 +59,7 @@ def build_dense():
     torch.manual_seed(7)
     decoder = nn.Sequential(nn.ConvTranspose2d(48, 1, 4, 4), nn.Flatten(1, 2))
     arguments = {name: value for name, value in GEOMETRY.items() if name not in ("num_classes", "global_pool")}
-    model = DenseViT(decoder, **arguments).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3 if name == "pos_embed" else 1.5 * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(False)
+    return spread(DenseViT(decoder, **arguments))
 
 
 @pytest.fixture(params=VARIANTS)

@@ -25,20 +25,20 @@ IMAGE_TOKEN = 3
 PROMPTS = [[1, 10, 3, 11, 12], [1, 3, 20, 21, 22, 23, 24], [1, 30, 31, 32, 3, 33], [3, 40], [1, 50, 51, 3, 52]]
 
 
-def spread(model, scale=1.5):
+def spread(model):
     """Random weights whose tokens are as spread out as a trained model's."""
     torch.manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 embedding = "position_embedding" in name or "embed_tokens" in name
-                parameter.normal_(0, 0.3 if embedding else scale * parameter[0].numel() ** -0.5)
+                parameter.normal_(0, 0.3 if embedding else 1.5 * parameter[0].numel() ** -0.5)
     return model.eval().requires_grad_(False)
 
 
-def tower(kind="clip", **overrides):
+def tower(kind="clip"):
     model, config = KINDS[kind]
-    return spread(model(config(**{**TOWER, **overrides})))
+    return spread(model(config(**TOWER)))
 
 
 def llava(kind="clip", strategy=None, text=None, **overrides):
@@ -57,10 +57,10 @@ def llava(kind="clip", strategy=None, text=None, **overrides):
     return model
 
 
-def processor(texts, side=32):
-    """Words of ``texts`` as tokens after <pad> <s> </s> <image> <unk>; images resized to a square."""
+def processor(texts):
+    """Words of ``texts`` as tokens after <pad> <s> </s> <image> <unk>; images resized to 32 x 32."""
     words = tiny_llava.words(text.replace("<image>", "") for text in texts)
-    return tiny_llava.processor({"image_size": side, "patch_size": 4}, words)
+    return tiny_llava.processor(TOWER, words)
 
 
 def thresholds(model, images, patch=patch_tower):

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -49,15 +50,6 @@ def touchy(configuration):
 DEADLY = 0.55
 
 
-def _first_to(marker):
-    """Whether this is the one process that makes a file."""
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
 def mortal(log, die_at, configuration):
     """Notes every evaluation it ends; the first process that begins one after ``die_at`` have ended kills itself, once.
 
@@ -65,9 +57,12 @@ def mortal(log, die_at, configuration):
     """
     log = Path(log)
     done = len(log.read_text().splitlines()) if log.exists() else 0
-    marker = log.with_name(log.name + ".died")
-    if configuration.policy.thresholds[0] == DEADLY or (done >= die_at and _first_to(marker)):
+    if configuration.policy.thresholds[0] == DEADLY:
         os.kill(os.getpid(), signal.SIGKILL)
+    if done >= die_at:
+        with suppress(FileExistsError):
+            log.with_name(log.name + ".died").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
     result = measure(configuration)
     with log.open("a") as lines:
         lines.write(f"{configuration.policy.thresholds}\n")

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
+import tokmerge
 import torch
 from scipy.special import xlogy
 from sklearn.metrics import f1_score, fbeta_score, jaccard_score
-from tokmerge.evaluation import maps
-from tokmerge.evaluation.outcomes import MapOutcome
+from tokmerge.evaluation import maps, outcomes
 
 RNG = np.random.default_rng(0)
 LOGITS, REFERENCE = RNG.normal(0, 3, (2, 6, 12, 9))
@@ -14,8 +14,9 @@ MASKS = RNG.random((6, 12, 9)) < 0.4
 def outcome(logits, masks=None):
     n = len(logits)
     made = torch.arange(2 * n).view(n, 2)
-    return MapOutcome([str(i) for i in range(n)], torch.full((n,), -1), torch.tensor(logits), made, made[:, 0] + 1,
-                      made[:, 1] + 1, None if masks is None else torch.tensor(masks))  # fmt: skip
+    ids, masks = [str(i) for i in range(n)], None if masks is None else torch.tensor(masks)
+    labels, costs = torch.full((n,), -1), (made[:, 0] + 1, made[:, 1] + 1)
+    return outcomes.MapOutcome(ids, labels, torch.tensor(logits), made, *costs, masks)
 
 
 def test_scores_are_those_of_scikit_learn():
@@ -65,9 +66,6 @@ def test_with_masks_the_score_is_iou_and_without_agreement():
 
 
 def test_of_classes_nobody_knows_the_score_is_agreement(model, batch):
-    import tokmerge
-    from tokmerge.evaluation import outcomes
-
     bare = batch._replace(labels=torch.full_like(batch.labels, -1))
     whole = outcomes.evaluate(tokmerge.patch(model, None), [bare])
     merged = outcomes.evaluate(tokmerge.patch(model, tokmerge.TopR(14)), [bare])

@@ -23,7 +23,7 @@ from tokmerge.models import zoo
 from tokmerge.models.configuration import Configuration
 
 NAME = "deit_small_patch16_224"
-CONFIGURATIONS = {"unmerged": Configuration(None), "ToMe": Configuration(tokmerge.TopR(12))}
+CONFIGURATIONS = [Configuration(None), Configuration(tokmerge.TopR(12))]
 
 
 @pytest.fixture
@@ -139,22 +139,21 @@ def inputs_dir(tmp_path_factory):
 def expected(inputs_dir):
     """The rows without shards: the model on all images, one after the other."""
     evaluation = objective.load_image_evaluation(str(inputs_dir))
-    rows = {}
-    for name, configuration in CONFIGURATIONS.items():
+    rows = []
+    for configuration in CONFIGURATIONS:
         merged = tokmerge.patch(evaluation.model, configuration.policy)
         images = image_sets.batches(evaluation.images, zoo.transform(evaluation.model), 1)
         outcome = outcomes.evaluate(merged, images)
-        frame = outcome.frame().rename(columns={"tokens": "tokens_sent"})
-        rows[name] = frame.assign(tokens=outcome.tokens.tolist())
+        rows.append(outcome.frame().rename(columns={"tokens": "tokens_sent"}).assign(tokens=outcome.tokens.tolist()))
     return rows
 
 
 @pytest.mark.parametrize(("size", "n_workers", "ray_address"), [(2, 1, None), (3, 2, None), (4, 1, "local")])
 def test_rows_do_not_depend_on_shards_or_workers(tmp_path, inputs_dir, expected, size, n_workers, ray_address):
     load = partial(objective.load_image_evaluation, str(inputs_dir), 4)
-    points = list(CONFIGURATIONS.values())
-    tables = workers.evaluate_in_shards(Cache(tmp_path, {}), points, 5, size, load(), load, n_workers, ray_address)
-    for table, rows in zip(tables, expected.values(), strict=True):
+    work, points = Cache(tmp_path, {}), CONFIGURATIONS
+    tables = workers.evaluate_in_shards(work, points, 5, size, load(), load, n_workers, ray_address)
+    for table, rows in zip(tables, expected, strict=True):
         pd.testing.assert_frame_equal(table.drop(columns="tokens"), rows.drop(columns="tokens"), atol=1e-4)
         assert [list(counts) for counts in table.tokens] == rows.tokens.tolist()
     assert tables[1].tokens_sent.tolist() == [197 - 12 * 12] * 5

@@ -18,9 +18,8 @@ def test_run_equals_the_model_called_once_and_shows_a_bar_that_has_a_description
     assert "merged" in capsys.readouterr().err
     assert outcome.ids == batch.ids
     torch.testing.assert_close(outcome.logits, logits, atol=1e-5, rtol=0)
-    assert torch.equal(outcome.tokens, record.tokens)
-    assert torch.equal(outcome.macs, record.macs)
-    assert torch.equal(outcome.payload_bytes, record.payload_bytes)
+    for name in ("tokens", "macs", "payload_bytes"):
+        assert torch.equal(getattr(outcome, name), getattr(record, name)), name
     assert torch.equal(outcome.labels, batch.labels)
 
 

@@ -8,10 +8,7 @@ from tokmerge.models.configuration import Configuration
 
 
 def table(**columns):
-    n = max(len(values) for values in columns.values() if isinstance(values, list))
-    return pd.DataFrame(
-        {name: values if isinstance(values, list) else [values] * n for name, values in columns.items()}
-    )
+    return pd.DataFrame(columns)
 
 
 TRIALS = table(
@@ -21,7 +18,7 @@ TRIALS = table(
 
 
 def test_what_a_study_has_measured_is_known(tmp_path):
-    rows = pd.DataFrame({"method": ["a", "a", "b"], "seed": [0, 1, 0], "kl": [0.1, 0.2, 0.3]})
+    rows = table(method=["a", "a", "b"], seed=[0, 1, 0], kl=[0.1, 0.2, 0.3])
     store.save_table(rows, tmp_path / "search.parquet")
     store.save_json({"dataset": "photos", "n_search": 32}, tmp_path / "study.json")
     known = selection.known_rows(str(tmp_path), {"dataset": "photos", "n_search": 32})
@@ -59,6 +56,7 @@ def test_an_interval_is_that_of_paired_differences():
     low, high = np.quantile(resampled, [0.025, 0.975])
     assert mean == pytest.approx(difference.mean())
     assert half == pytest.approx((high - low) / 2, rel=0.1)
+    assert selection.interval([0.0, 1.0, 1.0, 0.0]) == (0.5, pytest.approx(1.96 * (1 / 3) ** 0.5 / 2, rel=1e-4))
 
 
 def test_a_method_is_the_run_in_the_middle():
@@ -93,11 +91,6 @@ def test_halving_believes_select_and_not_search():
     drops = {0.03: 0.01, 0.02: 0.0, 0.01: 0.02}
     found = selection.halve(listed, "kl", lambda row: {**row, "score_drop": drops[row["kl"]]}, 0.005)
     assert found.kl.tolist() == [0.02, 0.03]
-
-
-def test_interval_is_the_textbook_one():
-    mean, half = selection.interval([0.0, 1.0, 1.0, 0.0])
-    assert (mean, half) == (0.5, pytest.approx(1.96 * (1 / 3) ** 0.5 / 2, rel=1e-4))
 
 
 @pytest.mark.parametrize(("max_drop", "chosen"), [(0.03, 0.7), (0.011, 0.9), (0.001, None)])

@@ -191,8 +191,8 @@ def test_run_looks_at_an_image_once_per_batch(asked, machine, monkeypatch):
 
 def test_gradients_are_off(asked, machine):
     model, processor = machine
-    batches = vqa.question_batches(processor, asked, TEMPLATE, 8)
-    ((_, record),) = vqa.answer_batches(llava.patch(model.requires_grad_(), None), processor, batches, 4)
+    (batch,) = vqa.question_batches(processor, asked, TEMPLATE, 8)
+    _, record = vqa.answer_batch(llava.patch(model.requires_grad_(), None), processor, batch, 4)
     assert not record.scores.requires_grad
 
 

@@ -88,8 +88,8 @@ TEXTS = ["is it red", "how many", "what is it", "where is he"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A LLaVA of the real class with random weights, and VQAv2's official files about six photos."""
+def given(tmp_path_factory):
+    """A LLaVA of the real class with random weights, and where VQAv2's official files about six photos are."""
     folder = tmp_path_factory.mktemp("paper")
     tiny.llava().save_pretrained(folder / "tiny-llava")
     texts = [vqa.LLAVA_TEMPLATE.format(question=text) for text in TEXTS]
@@ -97,29 +97,24 @@ def folder(tmp_path_factory):
     asked = [(10 * i + k, i, text, ["red"] * 10, "other", "what") for i in range(6) for k, text in enumerate(TEXTS)]
     rng = np.random.default_rng(0)
     photos = {i: Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for i in range(6)}
-    save_vqav2(folder / "vqav2", asked, photos)
-    return folder
+    return str(folder / "tiny-llava"), {"source": "vqav2", "path": str(save_vqav2(folder / "vqav2", asked, photos))}
 
 
-def load(folder, n_test=None, **options):
-    where = {"source": "vqav2", "path": str(folder / "vqav2")}
-    return vqa_objective.load_task(str(folder / "tiny-llava"), 1, 1, n_test, **where, **options)
-
-
-def test_a_model_and_vqav2_from_local_folders(folder):
-    task = load(folder)
+def test_a_model_and_vqav2_from_local_folders(given):
+    name, where = given
+    load = partial(vqa_objective.load_task, name, 1, 1, **where)
+    task = load(None)
     assert (task.name, task.test.name) == ("tiny-llava", "VQAv2")
     assert [len(part) for part in (task.search, task.select, task.test)] == [4, 4, 16]
     assert [len(images) for images in owners(task.search, task.select, task.test)] == [1, 1, 4]
     assert not task.model.training
-    assert load(folder, 3).test.questions == task.test.questions[:12]
+    assert load(3).test.questions == task.test.questions[:12]
 
 
 @pytest.mark.parametrize(("size", "n_workers"), [(5, 1), (16, 1), (8, 2)])
-def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
-    options = {"batch_size": 3, "max_new_tokens": 3}
-    where = {"source": "vqav2", "path": str(folder / "vqav2")}
-    make = partial(vqa_objective.load_task, str(folder / "tiny-llava"), 1, 1, None, **where, **options)
+def test_shards_say_what_one_run_says(given, tmp_path, size, n_workers):
+    (name, where), options = given, {"batch_size": 3, "max_new_tokens": 3}
+    make = partial(vqa_objective.load_task, name, 1, 1, None, **where, **options)
     task, point = make(), LlavaConfiguration(TopR(5), positions="first", weights="size")
     merged = llava.patch(task.model, TopR(5), positions="first", weights="size")
     whole = vqa.answer_questions(merged, task.processor, task.test, template=vqa.LLAVA_TEMPLATE, **options)
@@ -127,9 +122,8 @@ def test_shards_say_what_one_run_says(folder, tmp_path, size, n_workers):
     pd.testing.assert_frame_equal(table, whole)
 
 
-def test_batches_that_others_answer_say_what_this_process_says(folder, tmp_path):
-    name = str(folder / "tiny-llava")
-    where = {"source": "vqav2", "path": str(folder / "vqav2"), "batch_size": 3, "max_new_tokens": 3}
+def test_batches_that_others_answer_say_what_this_process_says(given):
+    name, where = given[0], {**given[1], "batch_size": 3, "max_new_tokens": 3}
     sizes, point = {name: (1, 1, None)}, LlavaConfiguration(TopR(5), positions="first", weights="size")
     asked = vqa_objective.load_objectives(sizes, **where)
     mine = {split: (objective.compare(point), objective(point)) for split, objective in asked[name].items()}
@@ -143,11 +137,12 @@ def test_batches_that_others_answer_say_what_this_process_says(folder, tmp_path)
             assert others[name][split].about == asked[name][split].about
 
 
-def test_a_model_without_questions_is_named(folder):
+def test_a_model_without_questions_is_named(given):
+    name, where = given
     with pytest.raises(DataError, match="tiny-llava brings no questions"):
-        vqa_objective.load_task(str(folder / "tiny-llava"), 1, 1, 2)
+        vqa_objective.load_task(name, 1, 1, 2)
     with pytest.raises(ValueError, match="no LLaVA model 'nowhere'"):
-        vqa_objective.load_task("nowhere", 1, 1, 2, source="vqav2", path=str(folder / "vqav2"))
+        vqa_objective.load_task("nowhere", 1, 1, 2, **where)
 
 
 def test_shipped_models_bring_their_questions():

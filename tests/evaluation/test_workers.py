@@ -73,18 +73,20 @@ def test_workers_give_what_one_process_gives_though_one_dies_and_a_deadly_job_fa
 
 
 def test_a_failed_piece_is_named_and_the_next_run_makes_only_what_is_missing(tmp_path):
-    made, pieces = [], {"a 0": 1, "a 1": 0, "b": 2}
+    made, values = [], [1, 0, 2]
 
-    def work(piece):
-        made.append(piece)
-        return pd.DataFrame({"inverse": [1 / piece]})
+    def work(shard):
+        made.append(values[shard.start])
+        return pd.DataFrame({"inverse": [1 / values[shard.start]]})
 
     def run():
-        return pd.concat(workers.map_pieces(Cache(tmp_path, {}), pieces, work, dict)).inverse.tolist()
+        (table,) = workers.evaluate_in_shards(Cache(tmp_path, {}), [Configuration(None)], 3, 1, work, dict)
+        return table.inverse.tolist()
 
-    with pytest.raises(RuntimeError, match="1 of 3 pieces failed; the first: a 1: ZeroDivisionError: division by zero"):
+    failed = r"1 of 3 pieces failed; the first: \w+ 0000001 0000002: ZeroDivisionError: division by zero"
+    with pytest.raises(RuntimeError, match=failed):
         run()
-    pieces["a 1"] = 4
+    values[1] = 4
     assert run() == run() == [1, 0.25, 0.5]
     assert made == [1, 0, 2, 4]
 

@@ -8,10 +8,7 @@ import torch
 import transformers as hf
 from tokmerge.models.encoders import ENCODERS
 
-GEOMETRY = {
-    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32,
-    "patch_size": 4,
-}  # fmt: skip
+GEOMETRY = {**tiny.TOWER, "num_hidden_layers": 3}
 CONFIGS = {
     hf.ViTForImageClassification: hf.ViTConfig,
     hf.DeiTForImageClassification: hf.DeiTConfig,

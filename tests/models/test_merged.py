@@ -9,16 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from tokmerge.models import llava, vision_tower
 from torch import nn
 
-
-def wrapped():
-    """Merged models of every kind, and images for them."""
-    images = torch.rand(1, 3, 32, 32)
-    yield tokmerge.patch(build(), None), images
-    yield vision_tower.patch_tower(tiny.tower(), None), images
-    yield llava.patch(tiny.llava(), None), images
+WRAPPED = [tokmerge.patch(build(), None), vision_tower.patch_tower(tiny.tower(), None), llava.patch(tiny.llava(), None)]
 
 
-@pytest.mark.parametrize("merged", [merged for merged, _ in wrapped()], ids=lambda merged: type(merged).__name__)
+@pytest.mark.parametrize("merged", WRAPPED, ids=lambda merged: type(merged).__name__)
 def test_state_travels_under_the_models_own_names_wherever_the_wrapper_is(merged):
     own = merged.model.state_dict()
     for outer, prefix in ((merged, ""), (nn.Sequential(merged), "0."), (nn.DataParallel(merged), "module.")):

@@ -5,12 +5,11 @@ import pytest
 import timm
 import tokmerge
 import torch
-from conftest import build
+from conftest import GEOMETRY, build, spread
 from timm.models.eva import Eva
 from tokmerge.merging.packed import Layout, Packed
 from tokmerge.models.rotary import Rotary
 
-GEOMETRY = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 ROTARY = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 KINDS = {
     "eva": {"global_pool": "avg"},
@@ -28,12 +27,7 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def eva(request):
     torch.manual_seed(0)
-    model = Eva(**{**GEOMETRY, **KINDS[request.param]}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(False)
+    return spread(Eva(**GEOMETRY, **KINDS[request.param]))
 
 
 @pytest.mark.parametrize("policy", [None, tokmerge.Threshold(tokmerge.Threshold.OFF)])

@@ -25,13 +25,12 @@ def exported(tmp_path_factory):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 2)
-    named, nodes, anonymous = {}, [], 0
+    named, nodes = {}, []
 
     def nameless(value):
-        nonlocal anonymous
-        anonymous += 1
-        named[f"onnx::{anonymous}"] = value
-        return f"onnx::{anonymous}"
+        name = f"onnx::{len(named)}"
+        named[name] = value
+        return name
 
     # The names that attention had when the file was written.
     older = {f"attention.{one[0]}_proj": f"attention.attention.{one}" for one in ("query", "key", "value")}

@@ -5,31 +5,31 @@ import checks
 import pytest
 import reference
 import tiny
+import tokmerge
 import torch
 from tokmerge import Threshold, TopR
 from tokmerge.models import vision_tower
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
+
+@pytest.fixture(params=tiny.KINDS)
+def tower(request):
+    return tiny.tower(request.param)
 
 
-@KINDS
 @pytest.mark.parametrize("layer", [-1, -2, 2, -5])
-def test_no_policy_is_the_unpatched_tower(kind, layer, images):
-    tower = tiny.tower(kind)
+def test_no_policy_is_the_unpatched_tower(tower, layer, images):
     features, record = vision_tower.patch_tower(tower, None, layer=layer)(images)
     expected = tower(images, output_hidden_states=True).hidden_states[layer]
-    skip = kind == "clip"
+    skip = isinstance(tower, CLIPVisionModel)
     torch.testing.assert_close(torch.stack(features.split()), expected[:, skip:], atol=1e-5, rtol=0)
     depth = layer % 6
     assert record.tokens.tolist() == [[64 + skip] * (depth + 1)] * 5
 
 
-@KINDS
 @pytest.mark.parametrize("skip", [0, 1, None])
 @pytest.mark.parametrize("policy", ["threshold", "fixed"])
-def test_merging_equals_the_plain_implementation(kind, skip, policy, images):
-    tower = tiny.tower(kind)
+def test_merging_equals_the_plain_implementation(tower, skip, policy, images):
     taus, r = tiny.thresholds(tower, images), [9, 0, 6, 40]
     chosen, choose = (
         (Threshold(taus), reference.threshold_choice(taus))
@@ -41,31 +41,26 @@ def test_merging_equals_the_plain_implementation(kind, skip, policy, images):
     checks.equals_plain(merged, images, plain)
 
 
-@KINDS
-def test_a_batch_equals_its_images_alone(kind, images):
-    tower = tiny.tower(kind)
+def test_a_batch_equals_its_images_alone(tower, images):
     record = checks.equals_alone(vision_tower.patch_tower(tower, Threshold(tiny.thresholds(tower, images))), images)
     assert len(set(record.tokens[:, -1].tolist())) > 1, "images must keep different token counts"
 
 
-@KINDS
-def test_macs_equal_torchs_count(kind, images):
-    tower = tiny.tower(kind)
+def test_macs_equal_torchs_count(tower, images):
     merged = vision_tower.patch_tower(tower, None)
     # The unpatched tower also runs its last layer; one that ends where the features are taken does not.
     ends_there = copy.deepcopy(tower)
     del ends_there.encoder.layers[-1]
     ghost = ends_there.to("meta")
-    if kind == "siglip":
+    if not isinstance(tower, CLIPVisionModel):
         ghost.use_head = False
     counted = checks.counted_macs(lambda: ghost(images[:1].to("meta")))
     assert merged(images)[1].macs[0].item() == pytest.approx(counted, rel=0.001)
 
 
-@KINDS
-def test_patching_leaves_the_tower_alone(kind, images):
+def test_patching_leaves_the_tower_alone(tower, images):
     patch = partial(vision_tower.patch_tower, policy=TopR(5))
-    checks.leaves_model_alone(tiny.tower(kind), patch, vision_tower.unpatch_tower, lambda merged: merged(images))
+    checks.leaves_model_alone(tower, patch, tokmerge.unpatch, lambda merged: merged(images))
 
 
 def other_layers():

@@ -5,11 +5,8 @@ from typing import Any
 
 from PIL import Image, features
 
-# Pillow's name and options of each format. Both spend time rather than bytes.
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jpeg": ("JPEG", {"optimize": True}),
-    "webp": ("WEBP", {"method": 6}),
-}
+# Pillow's options of each format, which spend time rather than bytes.
+FORMATS: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}}
 
 
 class CodecError(ValueError):
@@ -30,11 +27,10 @@ def compress(image: Image.Image, format: str, quality: int) -> bytes:
         raise ValueError(f"unknown image format {format!r}: use one of {', '.join(FORMATS)}")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality is {quality}: use 1 to 100")
-    name, options = FORMATS[format]
     if format == "webp" and not features.check("webp"):
         raise ValueError("this Pillow cannot write WebP: pip install --force-reinstall pillow")
     buffer = io.BytesIO()
-    image.save(buffer, name, quality=quality, **options)
+    image.save(buffer, format, quality=quality, **FORMATS[format])
     return buffer.getvalue()
 
 
@@ -45,7 +41,7 @@ def decompress(payload: bytes, mode: str = "RGB") -> Image.Image:
         CodecError: the bytes are damaged, cut off, or of another format.
     """
     try:
-        with Image.open(io.BytesIO(payload), formats=[name for name, _ in FORMATS.values()]) as image:
+        with Image.open(io.BytesIO(payload), formats=list(FORMATS)) as image:
             return image.convert(mode)
     # On damaged files decoders raise nearly anything: OSError, SyntaxError, ValueError, DecompressionBombError.
     except Exception as error:

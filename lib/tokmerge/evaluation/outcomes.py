@@ -128,20 +128,19 @@ def evaluate(
     """
     device = next(merged.parameters()).device
     ids: list[str] = []
-    masks: list[Tensor | None] = []
+    masks: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     quiet = description is None
     with torch.inference_mode(), tqdm(total=total, desc=description, unit="img", mininterval=2, disable=quiet) as bar:
         for batch in batches:
             logits, record = merged(batch.images.to(device), through=through)
             ids += batch.ids
-            masks.append(batch.masks)
+            masks += [] if batch.masks is None else [batch.masks]
             values = (logits.float(), record.tokens, record.macs, record.payload_bytes)
             parts.append((batch.labels, *(value.cpu() for value in values)))
             bar.update(len(batch.ids))
-    known = [mask for mask in masks if mask is not None]
-    truth = torch.cat(known) if known and len(known) == len(masks) else None
     labels, logits, tokens, macs, sent = (torch.cat(column) for column in zip(*parts, strict=True))
+    truth = torch.cat(masks) if len(masks) == len(parts) else None
     return kind_of(merged)(ids, labels, logits, tokens, macs, sent, truth)
 
 

@@ -37,18 +37,14 @@ def send_images(model: nn.Module, batches: Iterable[Batch], format: str, quality
     rows = []
     merged, device = patch(model, None), next(model.parameters()).device
     for batch in batches:
-        payloads = [image_codecs.compress(_picture(model, image), format, quality) for image in batch.images]
+        pictures = [Image.fromarray(zoo.pixels(model, image).squeeze()) for image in batch.images]
+        payloads = [image_codecs.compress(picture, format, quality) for picture in pictures]
         received = torch.stack([_normalised(model, image_codecs.decompress(payload)) for payload in payloads])
         with torch.inference_mode():
             logits = model(received.to(device))
         scans = [image_codecs.scan_bytes(payload) if format == "jpeg" else len(payload) for payload in payloads]
         rows.append(_sent(merged, batch, logits, payloads, scan_bytes=scans))
     return pd.concat(rows, ignore_index=True)
-
-
-def _picture(model: nn.Module, image: Tensor) -> Image.Image:
-    pixels = zoo.pixels(model, image)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def _normalised(model: nn.Module, picture: Image.Image) -> Tensor:
@@ -93,8 +89,7 @@ def _sent(
 def class_token_bytes(model: nn.Module) -> int:
     """What is sent after the last block where the head reads nothing but its leading tokens, at float16."""
     merged = patch(model, None)
-    leading = torch.tensor([merged.protected])
-    return int(wire.payload_bytes(leading, merged.embed_dim)[0])
+    return int(wire.payload_bytes(torch.tensor([merged.protected]), merged.embed_dim)[0])
 
 
 def average_head(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:

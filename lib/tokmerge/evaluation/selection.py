@@ -79,9 +79,8 @@ def shortlist(trials: pd.DataFrame, axis: str, limits: Sequence[float]) -> pd.Da
 
 
 def halve(
-    listed: pd.DataFrame, axis: str, measure: Callable[[dict[str, Any]], Mapping[str, Any]], max_drop: float,
-    drop: str = "score_drop",
-) -> pd.DataFrame:  # fmt: skip
+    listed: pd.DataFrame, axis: str, measure: Callable[[dict[str, Any]], Mapping[str, Any]], max_drop: float
+) -> pd.DataFrame:
     """What listed trials of one run do on *select*: for each cost the middle one, then that of the half that is left.
 
     The cheaper half is left where the middle one stays within ``max_drop``, the dearer one else: of seven trials three
@@ -91,9 +90,8 @@ def halve(
         listed: `shortlist`'s rows of a run; one that is dearer than another and loses as much on *search* is passed
             over.
         axis: the loss on *search*.
-        measure: what a row's trial does on *select*: columns ``drop`` and whatever else.
+        measure: what a row's trial does on *select*: score_drop and whatever else.
         max_drop: as of `choose`.
-        drop: the column of the loss.
 
     >>> listed = pd.DataFrame({"macs_ratio": [0.2, 0.5, 0.9], "bytes_ratio": [0.2, 0.5, 0.9], "kl": [0.02, 0.01, 0.0]})
     >>> halve(listed, "kl", lambda row: {"score_drop": row["kl"]}, 0.005).score_drop.tolist()
@@ -108,7 +106,7 @@ def halve(
             middle = len(left) // 2
             index = left[middle]
             measured[index] = measured.get(index) or measure(rows[index])
-            left = left[:middle] if measured[index][drop] <= max_drop + SLACK else left[middle + 1 :]
+            left = left[:middle] if measured[index]["score_drop"] <= max_drop + SLACK else left[middle + 1 :]
     return pd.DataFrame(list(measured.values()), index=list(measured))
 
 
@@ -127,15 +125,12 @@ def on_select(
     return pd.concat(found, ignore_index=True)
 
 
-def choose(
-    points: pd.DataFrame, max_drop: float, drop: str = "score_drop", by: Sequence[str] = RUN
-) -> pd.DataFrame:  # fmt: skip
+def choose(points: pd.DataFrame, max_drop: float, by: Sequence[str] = RUN) -> pd.DataFrame:
     """For every run and cost the cheapest point that loses no more than ``max_drop`` on *select*.
 
     Args:
-        points: rows with the columns ``by``, `COSTS` and ``drop``, measured on *select*.
-        max_drop: in the units of ``drop``.
-        drop: the column of the loss.
+        points: rows with the columns ``by``, `COSTS` and score_drop, measured on *select*.
+        max_drop: in the units of score_drop.
         by: the columns that runs differ in.
 
     Returns:
@@ -149,12 +144,12 @@ def choose(
     """
     rows = []
     for run, part in points.groupby(list(by), sort=False):
-        within = part[part[drop] <= max_drop + SLACK]
+        within = part[part.score_drop <= max_drop + SLACK]
         for cost in COSTS:
             if len(within):
                 rows.append({**within.loc[within[cost].idxmin()], "cost": cost, "merged": True})
             else:
-                nothing = dict(zip(by, run, strict=True)) | {drop: 0.0, **dict.fromkeys(COSTS, 1.0)}
+                nothing = dict(zip(by, run, strict=True)) | {"score_drop": 0.0, **dict.fromkeys(COSTS, 1.0)}
                 rows.append({**nothing, "cost": cost, "merged": False})
     return pd.DataFrame(rows)
 
@@ -173,7 +168,7 @@ def one_family(
     Returns:
         A row per cost: merged, configuration, `COSTS`, score_drop and its half interval drop_ci95, on *test*.
     """
-    run = dict(zip(RUN, ("one family", 0), strict=True))
+    run = {"method": "one family", "seed": 0}
     rows = [{**run, **point.row(), **on["search"](point)} for point in tqdm(points, desc="search", unit="point")]
     listed = on_select(
         pd.DataFrame(rows), axis, limits, lambda row: {**row, **on["select"](from_row(row))}, max_drop

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -60,7 +59,7 @@ def _wait() -> None:
 
 def median_ratio(seconds: pd.DataFrame, numerator: str, denominator: str) -> float:
     """Median over the rounds of one function's time divided by another's."""
-    return float(np.median(seconds[numerator] / seconds[denominator]))
+    return float((seconds[numerator] / seconds[denominator]).median())
 
 
 class PeakMemory(TorchDispatchMode):
@@ -141,10 +140,9 @@ def compare_engine(model: Any, images: Tensor, r: int, rounds: int) -> dict[str,
     """Time the packed engine against what it could be at best, and against what it replaces, taking turns.
 
     Args:
-        model: timm VisionTransformer.
+        model, rounds: as of `compare_speed`.
         images: (B, C, H, W), one batch.
         r: tokens that merge at every block (`tokmerge.TopR`).
-        rounds: timed rounds, after one warm-up.
 
     Returns:
         Medians over the rounds of ratios of times: over_limit, over plain blocks at the same counts; over_tome, over

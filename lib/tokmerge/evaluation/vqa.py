@@ -48,6 +48,8 @@ CONTRACTIONS = {
 }
 # Turned round in the evaluator's list.
 CONTRACTIONS["somebody'd"] = "somebodyd"
+# Of `LlavaRecord`, for each question.
+TOOK = ("prompt", "generated", "vision_macs", "projector_macs", "prefill_macs", "decode_macs", "macs", "payload_bytes")
 
 
 def normalise(answer: str) -> str:
@@ -133,16 +135,15 @@ def question_batches(processor: Any, questions: QuestionSet, template: str, batc
 
 
 @torch.inference_mode()
-def answer_batches(
-    merged: MergedLlava, processor: Any, batches: Iterable[QuestionBatch], max_new_tokens: int, normalised: bool = False
-) -> Iterator[tuple[pd.DataFrame, LlavaRecord]]:
-    """Every batch's answers, as `answer_questions` gives them, and the record of how they came about."""
+def answer_batch(
+    merged: MergedLlava, processor: Any, batch: QuestionBatch, max_new_tokens: int, normalised: bool = False
+) -> tuple[pd.DataFrame, LlavaRecord]:
+    """A batch's answers, as `answer_questions` gives them, and the record of how they came about."""
     device = next(merged.parameters()).device
-    for questions, pixels, rows, prompts in batches:
-        seen = merged.encode_images(pixels.to(device)).pick(rows.to(device))
-        ids, mask = prompts["input_ids"].to(device), prompts["attention_mask"].to(device)
-        new, record = merged.generate(ids, seen, mask, max_new_tokens, alike=rows, **GREEDY)
-        yield tabulate(processor, questions, new, record, normalised), record
+    seen = merged.encode_images(batch.pixels.to(device)).pick(batch.rows.to(device))
+    ids, mask = batch.prompts["input_ids"].to(device), batch.prompts["attention_mask"].to(device)
+    new, record = merged.generate(ids, seen, mask, max_new_tokens, alike=batch.rows, **GREEDY)
+    return tabulate(processor, batch.questions, new, record, normalised), record
 
 
 def answer_questions(
@@ -164,15 +165,13 @@ def answer_questions(
         description: shown beside the progress bar; None for no bar.
 
     Returns:
-        One row per question: question_id, image_id, question_type, answer_type, answer, accuracy (NaN without
-        human answers), tokens (visual tokens read), prompt, generated, vision_macs, projector_macs,
-        prefill_macs, decode_macs, macs, payload_bytes.
+        One row per question: what `score` says, tokens (visual tokens read), and what is in `TOOK`.
     """
-    batches, tables = question_batches(processor, questions, template, batch_size), [score([], [])]
+    tables = [score([], [])]
     with tqdm(total=len(questions), desc=description, unit="q", mininterval=2, disable=description is None) as bar:
-        for table, _ in answer_batches(merged, processor, batches, max_new_tokens, normalised):
-            tables.append(table)
-            bar.update(len(table))
+        for batch in question_batches(processor, questions, template, batch_size):
+            tables.append(answer_batch(merged, processor, batch, max_new_tokens, normalised)[0])
+            bar.update(len(batch.questions))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
@@ -182,17 +181,7 @@ def tabulate(
     """What a model answered to B questions and what that took, from what `MergedLlava.generate` gives for them."""
     texts = [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
     answers = [normalise(text) if normalised else text for text in texts]
-    took = {
-        "tokens": record.visual,
-        "prompt": record.prompt,
-        "generated": record.generated,
-        "vision_macs": record.vision_macs,
-        "projector_macs": record.projector_macs,
-        "prefill_macs": record.prefill_macs,
-        "decode_macs": record.decode_macs,
-        "macs": record.macs,
-        "payload_bytes": record.payload_bytes,
-    }
+    took = {"tokens": record.visual} | {name: getattr(record, name) for name in TOOK}
     return score(questions, answers).assign(**{name: value.cpu().numpy() for name, value in took.items()})
 
 

@@ -7,7 +7,7 @@ question by question, as `tokmerge.evaluation.objective` does, whose names the m
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -96,32 +96,24 @@ class QuestionObjective:
         base = self._unmerged[index]
         return compare_answers(base if configuration == nothing else self._answer(configuration, index), base)
 
-    @torch.inference_mode()
     def _answer(self, configuration: Configuration, index: int) -> tuple[pd.DataFrame, Tensor]:
         """The answers to a batch, and log-probabilities of their first tokens."""
         merged = patch_llava(self.model, configuration)
-        ((table, record),) = vqa.answer_batches(merged, self.processor, [self.batches[index]], self.max_new_tokens)
+        table, record = vqa.answer_batch(merged, self.processor, self.batches[index], self.max_new_tokens)
         assert record.scores is not None
         return table, record.scores.double().log_softmax(1).cpu()
 
     @torch.inference_mode()
-    def encode(self, policy: Policy, n_questions: int | None = None, output: bool = False) -> None:
-        """Put the images of the first questions (all by default) through the tower, for a policy that watches.
-
-        Args:
-            policy: of the tower.
-            n_questions: how many, in whole batches.
-            output: the policy is that of the projector's output instead.
-        """
+    def encode(self, policy: Policy, n_questions: int | None = None) -> None:
+        """Put images of the first questions (all by default; whole batches) through a tower, whose policy watches."""
         n_batches = None if n_questions is None else max(1, n_questions // self.batch_size)
-        tower, projector = (None, policy) if output else (policy, None)
-        merged = llava.patch(self.model, tower, output_policy=projector)
+        merged = llava.patch(self.model, policy)
         for batch in islice(self.batches, n_batches):
             merged.encode_images(batch.pixels.to(next(merged.parameters()).device))
 
-    def calibrate(self, n_questions: int | None = None, output: bool = False) -> Calibration:
-        """The similarities that each layer of the tower sees; arguments as of `encode`."""
-        return Calibration.of(partial(self.encode, n_questions=n_questions, output=output))
+    def calibrate(self, n_questions: int | None = None) -> Calibration:
+        """The similarities that each layer of the tower sees in the images of the first questions."""
+        return Calibration.of(partial(self.encode, n_questions=n_questions))
 
     @property
     def depth(self) -> int:
@@ -134,9 +126,6 @@ def compare_answers(merged: tuple[pd.DataFrame, Tensor], unmerged: tuple[pd.Data
 
     Args:
         merged, unmerged: answers, and (n, vocabulary) log-probabilities of their first tokens.
-
-    Returns:
-        The merged answers with score_drop, kl, macs_ratio, tokens_ratio and bytes_ratio.
     """
     (table, log_q), (base, log_p) = merged, unmerged
     return table.assign(
@@ -158,7 +147,7 @@ def summarise_comparison(rows: pd.DataFrame) -> dict[str, float]:
 
 def select_images(asked: QuestionSet, n_images: int, skip: int = 0) -> QuestionSet:
     """The questions about so many images, the first ones that are not skipped."""
-    wanted = set(list(dict.fromkeys(question.image_id for question in asked.questions))[skip : skip + n_images])
+    wanted = set(list(questions.by_image(asked.questions))[skip : skip + n_images])
     return questions.select_questions(asked, [i for i, q in enumerate(asked.questions) if q.image_id in wanted])
 
 
@@ -176,8 +165,7 @@ def task_splits(name: str, n_search: int, n_select: int, n_test: int, **where: A
     made = tiny_llava.llava_card(name)["params"]
     if name.startswith("scenes"):
         images = {"search": n_search, "select": n_select, "test": n_test}
-        made_of = (scenes.load_scenes(split, n, seed=made["seed"], **where) for split, n in images.items())
-        return tuple(some.questions for some in made_of)
+        return tuple(scenes.load_scenes(split, n, seed=made["seed"], **where).questions for split, n in images.items())
     if n_search + n_select > made["n_search"]:
         raise ValueError(
             f"{n_search} search and {n_select} select images: the training of {name} held {made['n_search']} back"
@@ -196,9 +184,7 @@ class Task:
     Attributes:
         name: of the model.
         model, processor: transformers' LlavaForConditionalGeneration, ready to evaluate, and LlavaProcessor.
-        search: questions that trials are measured on.
-        select: questions that points are chosen on.
-        test: questions to report on; no image is in two of the three.
+        search, select, test: questions to measure trials on, to choose points on and to report on; no image is in two.
         options: of `vqa.answer_questions`, the model's prompt among them.
         photos: how many photos each test image is made of, where that is known.
     """
@@ -249,10 +235,9 @@ def load_task(
         search, select, test = task_splits(name, n_search, n_select, n_test or 1000, **where)
         counts: dict[str, int] = {}
         if where:
-            made_with = tiny_llava.llava_card(name)["params"]
-            made = scenes.load_scenes("test", n_test or 1000, seed=made_with["seed"], **where)
-            names = dict.fromkeys(question.image_id for question in test.questions)
-            counts = dict(zip(names, made.counts.tolist(), strict=True))
+            made = tiny_llava.llava_card(name)["params"]
+            n_photos = scenes.load_scenes("test", n_test or 1000, seed=made["seed"], **where).counts.tolist()
+            counts = dict(zip(questions.by_image(test.questions), n_photos, strict=True))
         model, processor = tiny_llava.load_tiny_llava(name)
         options["template"] = tiny_llava.TINY_TEMPLATE
         return Task(name, model.to(device), processor, search, select, test, options, counts)
@@ -321,12 +306,10 @@ def compressed(asked: QuestionSet, format: str, quality: int) -> tuple[QuestionS
     sizes: dict[str, int] = {}
 
     def stream(start: int) -> Iterator[tuple[Question, Image.Image]]:
-        seen: tuple[str, Image.Image] | None = None
-        for question, image in asked.pairs(start):
-            if seen is None or seen[0] != question.image_id:
-                payload = image_codecs.compress(image, format, quality)
-                sizes[question.image_id] = len(payload)
-                seen = question.image_id, image_codecs.decompress(payload)
-            yield question, seen[1]
+        for name, group in groupby(asked.pairs(start), key=lambda pair: pair[0].image_id):
+            about, images = zip(*group, strict=True)
+            payload = image_codecs.compress(images[0], format, quality)
+            sizes[name], received = len(payload), image_codecs.decompress(payload)
+            yield from ((question, received) for question in about)
 
     return replace(asked, stream=stream, image=None), sizes

@@ -65,28 +65,6 @@ def here(work: Work) -> Run:
     return lambda jobs: ((key, *_attempt(work, job)) for key, job in jobs.items())
 
 
-def map_pieces(
-    cache: Cache, pieces: Mapping[str, Any], work: Work, factory: Callable[[], Work], n_workers: int = 1,
-    ray_address: str | None = None, description: str | None = None,
-) -> dict[str, pd.DataFrame]:  # fmt: skip
-    """The table that every piece of work gives; one that is in the cache is not made again.
-
-    Args:
-        cache: keeps the tables, each as soon as it is made.
-        pieces: jobs by name.
-        work, factory, n_workers, ray_address: as of `start`; the work gives a job's table.
-        description: shown beside the progress bar; None for no bar.
-
-    Raises:
-        RuntimeError: a piece failed; all others have been made, and another run goes on from there.
-    """
-    paths = {name: cache.path(name, ".parquet") for name in pieces}
-    missing = {name: piece for name, piece in pieces.items() if not paths[name].exists()}
-    with start(work, factory, n_workers, ray_address) as run:
-        results(run, missing, lambda name, table: store.save_table(table, paths[name]), description)
-    return {name: store.load_table(path) for name, path in paths.items()}
-
-
 def results(
     run: Run, jobs: Mapping[Any, Any], keep: Callable[[Any, Any], Any] | None = None, description: str | None = None
 ) -> dict[Any, Any]:
@@ -95,7 +73,7 @@ def results(
     Args:
         run, jobs: what `start` gives, and what it is called with.
         keep: called with every key and result as soon as it is there; what it returns stands for the result.
-        description: as of `map_pieces`.
+        description: shown beside the progress bar; None for no bar.
 
     Raises:
         RuntimeError: a job failed; all others have been done.
@@ -123,22 +101,18 @@ class Shard:
     stop: int
 
 
-ShardEvaluation = Callable[[Shard], pd.DataFrame]
-
-
 def evaluate_in_shards(
-    cache: Cache, configurations: Sequence[Configuration], n: int, shard_size: int, evaluation: ShardEvaluation,
-    factory: Callable[[], ShardEvaluation], n_workers: int = 1, ray_address: str | None = None,
-    description: str | None = None,
+    cache: Cache, configurations: Sequence[Configuration], n: int, shard_size: int, evaluation: Work,
+    factory: Callable[[], Work], n_workers: int = 1, ray_address: str | None = None, description: str | None = None,
 ) -> list[pd.DataFrame]:  # fmt: skip
-    """The rows of every configuration, in the set's order.
+    """The rows of every configuration, in the set's order; a shard that is in the cache is not made again.
 
     Args:
-        cache: keeps the shards; what else the rows depend on (data, model) is part of what it is about.
+        cache: keeps every shard as soon as it is made; what else rows depend on (data, model) is what it is about.
         configurations: two that are equal are one piece of work.
         n, shard_size: images or questions in the set, and in a shard; the last ones are shorter.
         evaluation: gives a shard's rows.
-        factory, n_workers, ray_address, description: as of `map_pieces`, whose errors are raised too.
+        factory, n_workers, ray_address, description: as of `start` and `results`, whose errors are raised too.
 
     Raises:
         ValueError: shards of nothing.
@@ -151,7 +125,11 @@ def evaluate_in_shards(
         key = digest(to_json(configuration))
         planned.append({f"{key} {part.start:07d} {part.stop:07d}": part for part in parts})
     shards = {name: shard for own in planned for name, shard in own.items()}
-    tables = map_pieces(cache, shards, evaluation, factory, n_workers, ray_address, description)
+    paths = {name: cache.path(name, ".parquet") for name in shards}
+    missing = {name: shard for name, shard in shards.items() if not paths[name].exists()}
+    with start(evaluation, factory, n_workers, ray_address) as run:
+        results(run, missing, lambda name, table: store.save_table(table, paths[name]), description)
+    tables = {name: store.load_table(path) for name, path in paths.items()}
     return [pd.concat([tables[name] for name in own], ignore_index=True) for own in planned]
 
 

@@ -14,7 +14,7 @@ from tokmerge.merging.matching import Policy, widen
 from tokmerge.merging.merge import unmerge_tokens
 from tokmerge.merging.packed import Packed, pack
 from tokmerge.models.cost import ViTCost
-from tokmerge.models.merged import MergedTransformer, check_policy
+from tokmerge.models.merged import MergedTransformer
 
 # What happens to the tokens between device and server.
 TokenChannel = Callable[[Packed], Packed]
@@ -85,7 +85,6 @@ class MergedClassifier(MergedTransformer):
 
     embed_dim: int
     n_patches: int
-    classifies = False  #: the head makes class scores of the tokens
     sends_source = False  #: the head needs to know which patches a token stands for
 
     def __init__(
@@ -93,7 +92,6 @@ class MergedClassifier(MergedTransformer):
         protected: int,
     ) -> None:  # fmt: skip
         super().__init__(model, policy, depth, protected)
-        check_policy("policy", policy, depth, self.has_class_token, self.classifies)
         if precision not in wire.PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(wire.PRECISIONS)}")
         self.precision, self.split_layer = precision, depth if split_layer is None else split_layer
@@ -202,9 +200,7 @@ class MergedClassifier(MergedTransformer):
 
     def confidence(self, tokens: Packed) -> Tensor:
         """(B,) of what the last norm and the head make of the tokens as they are (the logit lens)."""
-        if self.reads_one_token:
-            heads = self.leading(tokens, self.protected)
-            tokens = pack(heads)
+        tokens = pack(self.leading(tokens, self.protected)) if self.reads_one_token else tokens
         first, second = widen(self.forward_head(tokens.with_x(self.last_norm(tokens.x)))).softmax(1).topk(2).values.T
         return first - second
 

@@ -67,10 +67,11 @@ class ViTCost:
 
     @classmethod
     def of_layers(
-        cls, embedding: nn.Module, image_shape: tuple[int, ...], layers: Sequence[tuple[nn.Module, nn.Module]],
-        heads: int, head_dim: int, **rest: int,
+        cls, embedding: nn.Module, image_shape: tuple[int, ...], layers: Sequence[tuple[Any, nn.Module]], heads: int,
+        **rest: int,
     ) -> "ViTCost":  # fmt: skip
         """Read the cost off an embedding of (C, H, W) images and every layer's attention and MLP."""
+        head_dim = layers[0][0].head_dim
         return cls(
             embed=module_macs(embedding, 1, *image_shape),
             attn_linear=tuple(linear_macs(attention) for attention, _ in layers),

@@ -107,12 +107,12 @@ class MergedEncoder(MergedClassifier):
         return self.model.get_submodule(self._kind.base)
 
     @property
-    def layers(self) -> Any:
-        """Its layers."""
+    def blocks(self) -> Any:
         return self.encoder.get_submodule(self._kind.layers)
 
     def passed_over(self) -> list[nn.Module]:
-        return [*super().passed_over(), self.encoder, *self.layers, *(layer.attention for layer in self.layers)]
+        blocks = self.blocks
+        return [*super().passed_over(), self.encoder, *blocks, *(block.attention for block in blocks)]
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         encoder, patch = self.encoder, self.model.config.patch_size
@@ -127,8 +127,7 @@ class MergedEncoder(MergedClassifier):
 
     @property
     def head(self) -> tuple[Any, ...]:
-        names = ("classifier", "cls_classifier", "distillation_classifier")
-        return tuple(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        return tuple(part for name, part in self.model.named_children() if "classifier" in name)
 
     @property
     def reads_one_token(self) -> bool:
@@ -138,13 +137,10 @@ class MergedEncoder(MergedClassifier):
         return self._kind.head(self, packed)
 
     def measure_cost(self, image_shape: tuple[int, ...]) -> ViTCost:
-        config = self.model.config
-        heads, embedding = config.num_attention_heads, self.encoder.embeddings.patch_embeddings
-        head_dim = self.layers[0].attention.head_dim
+        config, layers = self.model.config, [(block.attention, block.mlp) for block in self.blocks]
         return ViTCost.of_layers(
-            embedding, image_shape, [(layer.attention, layer.mlp) for layer in self.layers], heads,
-            head_dim, embed_dim=config.hidden_size, protected=self.protected,
-            head=sum(map(linear_macs, self.head)),
+            self.encoder.embeddings.patch_embeddings, image_shape, layers, config.num_attention_heads,
+            embed_dim=config.hidden_size, protected=self.protected, head=sum(map(linear_macs, self.head)),
         )  # fmt: skip
 
     def check_images(self, images: Tensor) -> None:
@@ -159,12 +155,10 @@ class MergedEncoder(MergedClassifier):
             wanted = f"(B, {config.num_channels}, {config.image_size}, {config.image_size})"
             raise ValueError(f"images must be {wanted} for this model, got shape {tuple(images.shape)}")
 
-    def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
+    def attention(self, layer: int, block: Any, tokens: Packed) -> tuple[Tensor, Tensor]:
         """Its attention on packed rows."""
-        block = self.layers[layer]
         attn, x = block.attention, getattr(block, self._kind.norms[0])(tokens.x)
-        parts = (project(x).view(len(x), -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k, v = parts
+        q, k, v = (project(x).view(len(x), -1, attn.head_dim) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
         if self._rotary is not None:
             sin, cos = self._rotary(tokens, self.protected)
             q, k = ((part * cos + rotate_half(part) * sin).type_as(v) for part in (q, k))
@@ -172,6 +166,6 @@ class MergedEncoder(MergedClassifier):
         out = attn.o_proj(attend(qkv, tokens.layout, tokens.sizes))
         return getattr(block, self._kind.scales[0])(out), qkv
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        block, kind = self.layers[layer], self._kind
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
+        kind = self._kind
         return getattr(block, kind.scales[1])(block.mlp(getattr(block, kind.norms[1])(x)))

@@ -13,8 +13,7 @@ Prompts that begin alike, as questions about one image do, may have their beginn
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ with extra("llava"):
 from tokmerge.models.configuration import Pruning
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """B left-padded prompts."""
 
     x: Tensor  #: (B, S, D) embeddings, hidden states later on; of the last places only where others have been read
@@ -56,16 +54,14 @@ class Prompts:
     def take(self, index: Tensor, there: Tensor) -> "Prompts":
         """The places ``index`` (B, S') of every prompt, those of them that are ``there``."""
         x = self.x.gather(1, index[..., None].expand(-1, -1, self.x.shape[2]))
-        positions, visual, weight = (part.gather(1, index) for part in (self.positions, self.visual, self.weight))
-        return Prompts(x, there, positions, visual, weight)
+        return Prompts(x, there, *(part.gather(1, index) for part in self[2:]))
 
     def then(self, x: Tensor) -> "Prompts":
         """One more token each: x (B, D). Its position comes after the largest so far."""
         after = self.positions.masked_fill(~self.there, -1).amax(1, keepdim=True) + 1
         true = torch.ones_like(after, dtype=torch.bool)
-        old = (self.x, self.there, self.positions, self.visual, self.weight)
         new = (x[:, None], true, after, ~true, torch.zeros_like(self.weight[:, :1]))
-        return Prompts(*(torch.cat(pair, 1) for pair in zip(old, new, strict=True)))
+        return Prompts(*(torch.cat(pair, 1) for pair in zip(self, new, strict=True)))
 
 
 def read(model: Any, prompts: Prompts, pruning: Pruning | None = None, cache: DynamicCache | None = None) -> Prompts:
@@ -81,8 +77,8 @@ def read(model: Any, prompts: Prompts, pruning: Pruning | None = None, cache: Dy
     for index in range(len(model.model.language_model.layers)):
         if pruning is not None and index == pruning.layer:
             prompts = _prune(model, before, prompts, pruning, cache)
-        before, prompts = prompts, replace(prompts, x=_layer(model, index, prompts, prompts.x, cache))
-    return replace(prompts, x=model.model.language_model.norm(prompts.x))
+        before, prompts = prompts, prompts._replace(x=_layer(model, index, prompts, prompts.x, cache))
+    return prompts._replace(x=model.model.language_model.norm(prompts.x))
 
 
 def read_beginnings(model: Any, beginnings: Prompts, rest: Prompts, owner: Tensor) -> tuple[Prompts, DynamicCache]:
@@ -100,40 +96,45 @@ def read_beginnings(model: Any, beginnings: Prompts, rest: Prompts, owner: Tenso
     cache = DynamicCache()
     read(model, beginnings, cache=cache)
     cache.batch_select_indices(owner)
-    names = ("there", "positions", "visual", "weight")
-    return Prompts(
-        rest.x, *(torch.cat([getattr(beginnings, name)[owner], getattr(rest, name)], 1) for name in names)
-    ), cache
+    pairs = zip(beginnings[1:], rest[1:], strict=True)
+    return Prompts(rest.x, *(torch.cat([first[owner], second], 1) for first, second in pairs)), cache
 
 
 def generate_answers(
-    model: Any, prompts: Prompts, max_new_tokens: int, pruning: Pruning | None = None,
-    cache: DynamicCache | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Greedy answers: (B, longest) int64 new tokens, padded after the end of text; (B, vocabulary) scores of the first.
+    model: Any, prompts: Prompts, max_new_tokens: int, pruning: Pruning | None, cache: DynamicCache | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy answers: (B, longest) int64 new tokens, padded after the end of text.
 
-    Arguments as in `read`; ``max_new_tokens`` is the longest answer.
+    And (B,) how many of them there are, end of text included; (B, vocabulary) scores of the first. Arguments as in
+    `read`; ``max_new_tokens`` is the longest answer.
     """
     cache, layers = cache or DynamicCache(), model.model.language_model.layers
     left = read(model, prompts, pruning, cache)
     first = scores = model.lm_head(left.x[:, -1])
     # Layers before the pruning go on with all tokens, those after it with what is left.
     split = len(layers) if pruning is None else pruning.layer
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor([] if ends is None else ends, device=first.device).flatten()
-    pad, done, new = model.generation_config.pad_token_id or 0, torch.zeros_like(first[:, 0], dtype=torch.bool), []
+    ends, pad, new = ends_of_text(model), model.generation_config.pad_token_id or 0, []
+    done = torch.zeros_like(first[:, 0], dtype=torch.bool)
+    generated = torch.zeros_like(done, dtype=torch.int64)
     while True:
         token = scores.argmax(1).masked_fill(done, pad)
         new.append(token)
+        generated = generated + ~done
         done = done | torch.isin(token, ends)
         if len(new) == max_new_tokens or done.all():
-            return torch.stack(new, 1), first
+            return torch.stack(new, 1), generated, first
         x = model.get_input_embeddings()(token)
         prompts, left = prompts.then(x), left.then(x)
         x = x[:, None]
         for index in range(len(layers)):
             x = _layer(model, index, prompts if index < split else left, x, cache)
         scores = model.lm_head(model.model.language_model.norm(x)[:, -1])
+
+
+def ends_of_text(model: Any) -> Tensor:
+    """Tokens that end an answer, int64."""
+    ends = model.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.int64, device=model.device).flatten()
 
 
 def _layer(model: Any, index: int, prompts: Prompts, x: Tensor, cache: DynamicCache) -> Tensor:
@@ -148,9 +149,7 @@ def _layer(model: Any, index: int, prompts: Prompts, x: Tensor, cache: DynamicCa
 
 def _prune(model: Any, before: Prompts, after: Prompts, pruning: Pruning, cache: DynamicCache) -> Prompts:
     """What is left after a layer, given what went into it."""
-    layer = model.model.language_model.layers[pruning.layer - 1]
-    cached: Any = cache.layers[pruning.layer - 1]
-    attention = last_attention(model, layer, before, cached.keys)
+    attention = last_attention(model, pruning.layer - 1, before, cache)
     rank = attention.masked_fill(~after.visual, -1.0).argsort(dim=1, descending=True, stable=True).argsort(1)
     keep = after.there & (~after.visual | (rank < pruning.left(after.visual.sum(1))[:, None]))
     # Padding on the left again, what stays in its order.
@@ -158,11 +157,9 @@ def _prune(model: Any, before: Prompts, after: Prompts, pruning: Pruning, cache:
     return after.take(index, keep.gather(1, index))
 
 
-def last_attention(model: Any, layer: Any, prompts: Prompts, keys: Tensor) -> Tensor:
-    """(B, S) what each prompt's last token attends to in a layer, mean over heads.
-
-    The prompts are what goes into the layer, the keys (B, key heads, S, d) its rotated ones.
-    """
+def last_attention(model: Any, index: int, prompts: Prompts, cache: Any) -> Tensor:
+    """(B, S) what each prompt's last token attends to in a layer, mean over heads; given is what goes into it."""
+    layer, keys = model.model.language_model.layers[index], cache.layers[index].keys
     x, attn = prompts.x[:, -1:], layer.self_attn
     query = attn.q_proj(layer.input_layernorm(x)).view(len(x), -1, 1, attn.head_dim)
     cos, sin = model.model.language_model.rotary_emb(x, position_ids=prompts.positions[:, -1:])

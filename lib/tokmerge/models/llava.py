@@ -135,7 +135,7 @@ class MergedLlava(MergedModel):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
         pad = self.model.generation_config.pad_token_id
-        if attention_mask is None and pad is not None and pad not in self._ends(input_ids.device).tolist():
+        if attention_mask is None and pad is not None and pad not in language_model.ends_of_text(self.model).tolist():
             attention_mask = (input_ids != pad).long()
         rows, after, record = self._prompts(input_ids, pixel_values, attention_mask)
         last = [row for row, (end, columns) in enumerate(zip(after, rows, strict=True)) if end == len(columns[0])]
@@ -146,9 +146,9 @@ class MergedLlava(MergedModel):
             prompts, cache = Prompts.padded(rows), None
         else:
             prompts, cache = self._read_alike(rows, after, alike)
-        new, scores = language_model.generate_answers(self.model, prompts, max_new_tokens, self.pruning, cache)
-        ends = torch.isin(new, self._ends(new.device))
-        generated = ((ends.cumsum(1) - ends.long()) == 0).sum(1)
+        new, generated, scores = language_model.generate_answers(
+            self.model, prompts, max_new_tokens, self.pruning, cache
+        )
         decode_macs = self.cost.decode(record.prompt, record.left, self._pruned, generated)
         return new, replace(record, generated=generated, decode_macs=decode_macs, scores=scores)
 
@@ -168,11 +168,6 @@ class MergedLlava(MergedModel):
         owner = torch.tensor([places[number] for number in alike.tolist()], device=self.model.device)
         some = Prompts.padded([begins[row] for row in firsts.values()])
         return language_model.read_beginnings(self.model, some, Prompts.padded(rest), owner)
-
-    def _ends(self, device: torch.device) -> Tensor:
-        """Tokens that end an answer."""
-        eos = self.model.generation_config.eos_token_id
-        return torch.tensor([] if eos is None else eos, dtype=torch.int64, device=device).flatten()
 
     def _check_greedy(self, given: Mapping[str, Any]) -> None:
         if unknown := sorted(set(given) - set(GREEDY)):
@@ -196,8 +191,8 @@ class MergedLlava(MergedModel):
         if pixel_values is None:
             pixel_values = torch.empty(0, *self.tower.image_shape, dtype=self.model.dtype, device=input_ids.device)
         sent = pixel_values if isinstance(pixel_values, VisualTokens) else self.encode_images(pixel_values)
-        prompts = [ids if attention_mask is None else ids[mask.bool()] for ids, mask in zip(
-            input_ids, input_ids if attention_mask is None else attention_mask, strict=True)]  # fmt: skip
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, there, strict=True)]
         spans = [self._placeholders(ids) for ids in prompts]
         owner = [row for row, own in enumerate(spans) for _ in own]
         if len(owner) != len(sent):
@@ -289,7 +284,7 @@ def patch(
     for (name, known), value in zip(options.items(), (cut, positions, precision, weights), strict=True):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-    check_policy("output_policy", output_policy, 1, has_class_token=False)
+    check_policy("output_policy", output_policy, 1, has_class_token=False, classifies=False)
     if output_policy is not None and cut == "tower":
         raise ValueError("cut='tower' sends tokens before the projector: merging its output needs cut='projector'")
     if cut == "cheaper":
@@ -312,11 +307,6 @@ def patch_llava(model: nn.Module, configuration: Configuration) -> MergedLlava:
     # A LLaVA is cut where its tower or its projector ends.
     options = {name: value for name, value in vars(configuration).items() if name not in ("policy", "split_layer")}
     return patch(model, configuration.policy, **options)
-
-
-def unpatch(merged: MergedLlava) -> LlavaForConditionalGeneration:
-    """The model as it was before `patch`."""
-    return merged.model
 
 
 def load_llava(

@@ -81,20 +81,27 @@ class MergedTransformer(MergedModel, ABC):
     """A vision transformer whose tokens merge layer by layer; subclasses know its layers."""
 
     has_class_token = True  #: the first token is one
+    classifies = False  #: the head makes class scores of the tokens
     wants_places = False  #: tokens keep their places in the patch grid, whatever the policy needs
 
     def __init__(self, model: nn.Module, policy: Policy | None, depth: int, protected: int) -> None:
         super().__init__(model)
+        check_policy("policy", policy, depth, self.has_class_token, self.classifies)
         self.policy = policy  #: what merges; None for nothing
         self.depth = depth  #: layers that are run
         self.protected = protected  #: leading tokens that never merge
 
+    @property
     @abstractmethod
-    def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
+    def blocks(self) -> Any:
+        """Layers that are run."""
+
+    @abstractmethod
+    def attention(self, layer: int, block: Any, tokens: Packed) -> tuple[Tensor, Tensor]:
         """What a layer's attention adds, (T, D), and its queries, keys and values (T, 3, H, d)."""
 
     @abstractmethod
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
         """What a layer's MLP adds: (T, D) -> (T, D)."""
 
     def read_out(self, tokens: Packed) -> Callable[[], Tensor] | None:
@@ -119,16 +126,17 @@ class MergedTransformer(MergedModel, ABC):
 
     def run_layers(self, tokens: Packed, layers: range) -> tuple[Packed, list[Tensor]]:
         """The tokens after these layers, and the (B,) counts that entered each."""
-        lengths = []
+        # Looked up once: a list of modules takes as long to give one as a small layer's norm.
+        lengths, blocks = [], list(self.blocks)
         for layer in layers:
             lengths.append(tokens.lengths)
-            tokens = self._attend_and_merge(tokens, layer)
-            tokens = tokens.with_x(tokens.x + self.mlp(layer, tokens.x))
+            tokens = self._attend_and_merge(tokens, layer, blocks[layer])
+            tokens = tokens.with_x(tokens.x + self.mlp(blocks[layer], tokens.x))
         return tokens, lengths
 
-    def _attend_and_merge(self, tokens: Packed, layer: int) -> Packed:
+    def _attend_and_merge(self, tokens: Packed, layer: int, block: Any) -> Packed:
         """By themselves: queries, keys and values are gone before the MLP needs the memory."""
-        out, qkv = self.attention(layer, tokens)
+        out, qkv = self.attention(layer, block, tokens)
         tokens, policy = tokens.with_x(tokens.x + out), self.policy
         if policy is None:
             return tokens
@@ -138,7 +146,7 @@ class MergedTransformer(MergedModel, ABC):
         )
 
 
-def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool, classifies: bool = False) -> None:
+def check_policy(name: str, policy: Policy | None, depth: int, has_class_token: bool, classifies: bool) -> None:
     """Raise TypeError if it is no policy, ValueError if it does not fit the layers or needs what the model lacks."""
     if policy is None:
         return

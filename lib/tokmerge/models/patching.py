@@ -1,6 +1,5 @@
 """`patch`: the one way to attach a merge policy to a model, whichever of the supported kinds it is."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers.attention import Attention, AttentionRope
@@ -12,13 +11,15 @@ from tokmerge.merging.matching import Policy
 from tokmerge.models.classifier import MergedClassifier
 from tokmerge.models.cost import linear_macs
 from tokmerge.models.dense import DenseViT, MergedDense
+from tokmerge.models.merged import MergedModel
 from tokmerge.models.vit import MergedEva, MergedViT
 
 POOLS = ("token", "avg", "max", "avgmax", "map")
-# Kinds of model, of their blocks and of the attention in these.
-SUPPORTED: dict[type, tuple[type, tuple[type, ...]]] = {
-    VisionTransformer: (Block, (Attention,)),
-    Eva: (EvaBlock, (EvaAttention, AttentionRope)),
+# Kinds of model: what merges in them, and the kinds of their blocks, of the attention in these and of pooling.
+SUPPORTED: dict[type, tuple[type[MergedViT], type, tuple[type, ...], tuple[str, ...]]] = {
+    DenseViT: (MergedDense, Block, (Attention,), ("",)),
+    VisionTransformer: (MergedViT, Block, (Attention,), POOLS),
+    Eva: (MergedEva, EvaBlock, (EvaAttention, AttentionRope), POOLS),
 }
 
 
@@ -47,40 +48,36 @@ def patch(
         from tokmerge.models.encoders import MergedEncoder
 
         return MergedEncoder(given, policy, precision, split_layer)
-    if not isinstance(given, tuple(SUPPORTED)):
+    base = next((kind for kind in SUPPORTED if isinstance(given, kind)), None)
+    if base is None:
         what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
         raise TypeError(
             f"cannot merge tokens in {what}: a timm VisionTransformer or Eva is needed "
             "(timm.create_model('deit_small_patch16_224') makes one)"
         )
-    if isinstance(given, DenseViT):
-        check_model(given, DenseViT, VisionTransformer, ("",))
-        return MergedDense(given, policy, precision, split_layer)
-    base = next(kind for kind in SUPPORTED if isinstance(given, kind))
-    check_model(given, base, base)
-    return (MergedEva if base is Eva else MergedViT)(given, policy, precision, split_layer)  # type: ignore[arg-type]
+    check_model(given, base)
+    return SUPPORTED[base][0](given, policy, precision, split_layer)
 
 
-def check_model(model: Any, base: type, supported: type, pools: Sequence[str] = POOLS) -> None:
-    """Raise TypeError if a model of a class in `SUPPORTED` has parts that are not known, or differ from ``base``'s."""
-    kind, attentions = SUPPORTED[supported]
-    blocks: Any = model.blocks
-    for layer, block in enumerate(blocks):
-        if type(block) is not kind or type(blocks[layer].attn) not in attentions:
-            found = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
+def check_model(model: Any, base: type) -> None:
+    """Raise TypeError if a model of a class in `SUPPORTED` has parts that are not known, or not that class's own."""
+    _, kind, attentions, pools = SUPPORTED[base]
+    for layer, block in enumerate(model.blocks):
+        own, attention = type(block), type(getattr(block, "attn", None))
+        if own is not kind or attention not in attentions:
             known = " or ".join(one.__name__ for one in attentions)
             raise TypeError(
-                f"block {layer} of the model is a {found}: only timm's {kind.__name__} with {known} is supported"
+                f"block {layer} of the model is a {own.__name__} with {attention.__name__}: only timm's "
+                f"{kind.__name__} with {known} is supported"
             )
-        linear_macs(blocks[layer])
+        linear_macs(block)
     if model.global_pool not in pools:
         raise TypeError(f"global_pool={model.global_pool!r} is not supported: use one of {', '.join(map(repr, pools))}")
-    own = ["forward", "forward_features", *(["forward_head", "pool"] if model.global_pool != "token" else [])]
-    for name in own:
+    for name in ["forward", "forward_features", *(["forward_head", "pool"] if model.global_pool != "token" else [])]:
         if name in vars(model) or getattr(type(model), name) is not getattr(base, name):
             raise TypeError(f"{type(model).__name__}.{name} is not {base.__name__}'s own, and would be ignored")
 
 
-def unpatch(merged: MergedClassifier) -> nn.Module:
-    """The model as it was before `patch`."""
+def unpatch(merged: MergedModel) -> nn.Module:
+    """The model as it was before it was patched."""
     return merged.model

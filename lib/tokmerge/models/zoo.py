@@ -75,10 +75,8 @@ def load_model(name: str, checkpoint: str | Path | None = None, **kwargs: Any) -
         model = load_saliency_vit(checkpoint, paths.data())
     elif not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
-        known = (
-            ", ".join(map(repr, (*SHIPPED, SALIENCY_VIT))) + " or a timm name" + (f" such as {close}" if close else "")
-        )
-        raise ValueError(f"unknown model {name!r}: use {known}")
+        known, such = ", ".join(map(repr, (*SHIPPED, SALIENCY_VIT))), f" such as {close}" if close else ""
+        raise ValueError(f"unknown model {name!r}: use {known} or a timm name{such}")
     else:
         model = timm.create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **kwargs)
     return model.eval()
