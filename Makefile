@@ -50,7 +50,7 @@ PHOTOS := $(if $(filter embedded,$(PROFILE)),inputs@photos search@photos)
 # Inputs and search first: what a frozen study read must be there when dvc looks at it.
 repro: $(READY)
 	python -m tokmerge.preflight $(PROFILE)
-	$(if $(filter smoke,$(PROFILE)),sh notebooks/smoke.sh,\
+	$(if $(filter smoke,$(PROFILE)),OMP_NUM_THREADS=1 python notebooks/preloaded.py sh notebooks/smoke.sh,\
 	  dvc repro inputs@$(PROFILE) search@$(PROFILE) $(PHOTOS) && dvc repro figures@$(PROFILE))
 
 verify: $(READY)
