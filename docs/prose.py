@@ -11,7 +11,6 @@
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from tokmerge.io import paths, store
 
@@ -68,7 +67,7 @@ def fill(text: str, numbers: Mapping[str, float | str]) -> str:
 def main() -> None:
     root = paths.root()
     numbers, wrong = store.load_json(root / "figures" / "numbers.json"), []
-    for page in [root / "README.md", *sorted(Path(root, "docs").glob("*.md"))]:
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         text = page.read_text()
         try:
             filled = fill(text, numbers)

@@ -23,6 +23,7 @@ import numpy as np
 import timm
 import tokmerge
 import torch
+import transformers as hf
 import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -33,33 +34,25 @@ from tokmerge.evaluation.vqa import SHORT
 from tokmerge.io import notebook, paths, store
 from tokmerge.models import tiny_llava
 from tokmerge.models.configuration import LlavaConfiguration
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
 
 ROOT = paths.root()
 # Vision transformers: ViT-B/16 as in the paper; the laptop's own.
 VITS = {"paper": "vit_base_patch16_224", "laptop": "deit_small_patch16_224"}
 # Towers of LLaVA-1.5 and of LLaVA-Interleave 0.5B with their language models' widths; the second without most layers.
 TOWERS = {
-    "paper": CLIPVisionConfig(
+    "paper": hf.CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
         patch_size=14,
     ),
-    "laptop": SiglipVisionConfig(
+    "laptop": hf.SiglipVisionConfig(
         hidden_size=1152, intermediate_size=4304, num_hidden_layers=4, num_attention_heads=16, image_size=384,
         patch_size=14,
     ),
 }  # fmt: skip
 ENDS: dict[str, Any] = {"num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LANGUAGE = {
-    "paper": (LlamaConfig, {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}),
-    "laptop": (Qwen2Config, {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
+    "paper": (hf.LlamaConfig, {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}),
+    "laptop": (hf.Qwen2Config, {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
                              "num_key_value_heads": 16}),
 }  # fmt: skip
 CHAT = (
@@ -156,12 +149,12 @@ def build_models(folder: Path, profile: str) -> None:
     vision, (kind, sizes) = TOWERS[profile], LANGUAGE[profile]
     whole, n = profile == "laptop", (vision.image_size // vision.patch_size) ** 2
     strategy = "full" if whole else "default"
-    config = LlavaConfig(
+    config = hf.LlavaConfig(
         vision_config=vision, text_config=kind(vocab_size=len(tiny_llava.SPECIAL) + len(words), **sizes, **ENDS),
         image_token_index=tiny_llava.IMAGE, image_seq_length=n, vision_feature_select_strategy=strategy,
         vision_feature_layer=-1 if whole else -2,
     )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
+    hf.LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
     processor = tiny_llava.processor({"image_size": vision.image_size, "patch_size": vision.patch_size}, words)
     processor.vision_feature_select_strategy = strategy
     processor.num_additional_image_tokens = 0 if whole else 1

@@ -30,10 +30,7 @@ def test_verdicts(numbers, verdict):
 
 def test_a_claim_says_what_it_rests_on():
     judged = judge([GAIN, DROP], {"a": 2, "a.ci95": 0.5, "b": 3})
-    assert judged.conditions == [
-        ("gain 2 (1.5 to 2.5), to be ≥ 0", True),
-        ("drop 3, to be ≤ 1.5", False),
-    ]
+    assert judged.conditions == [("gain 2 (1.5 to 2.5), to be ≥ 0", True), ("drop 3, to be ≤ 1.5", False)]
     assert judged.estimate == (2, 1.5, 2.5)
 
 

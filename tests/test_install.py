@@ -20,12 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOCK = (ROOT / "requirements.lock").read_text()
 # Import names that come with a declared package.
-BROUGHT = {
-    "IPython": "ipywidgets",
-    "botorch": "ax-platform",
-    "huggingface_hub": "timm",
-    "tokenizers": "transformers",
-}
+BROUGHT = {"IPython": "ipywidgets", "botorch": "ax-platform", "huggingface_hub": "timm", "tokenizers": "transformers"}
 # Run or read, or imported by a name that is put together.
 COMMANDS_AND_DATA = {"dvc", "easy-vqa", "jupyterlab", "papermill", "pyarrow", "sionna-no-rt"}
 
@@ -50,14 +45,12 @@ def test_a_public_host_runs_what_everyone_runs():
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     (kept,) = (step["with"]["key"] for step in job["steps"] if "cache" in step.get("uses", ""))
-    assert [name for name in re.findall(r"hashFiles\('(.+?)'\)", kept) if (ROOT / name).is_file()] == [
-        "requirements.lock"
-    ]
+    named = re.findall(r"hashFiles\('(.+?)'\)", kept)
+    assert [name for name in named if (ROOT / name).is_file()] == ["requirements.lock"]
 
 
 def test_one_version_is_released():
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
-    assert PROJECT["version"] == cited
+    assert PROJECT["version"] == yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
 
 
 @pytest.mark.parametrize("machine", [("x86_64", "linux"), ("aarch64", "linux"), ("arm64", "darwin")], ids="-".join)
@@ -173,9 +166,7 @@ def test_the_library_alone_runs_the_lines_of_the_readme(core):
 def test_a_missing_extra_is_named(core, module, extra):
     done = core(f"import tokmerge.{module}")
     *_, last = done.stderr.splitlines()
-    assert re.fullmatch(rf"ModuleNotFoundError: \w+ is not installed: pip install 'tokmerge\[{extra}\]'", last), (
-        done.stderr
-    )
+    assert re.fullmatch(rf"ModuleNotFoundError: \w+ is not installed: pip install 'tokmerge\[{extra}\]'", last), last
     assert "another exception" not in done.stderr
 
 

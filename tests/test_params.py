@@ -1,7 +1,8 @@
 """params/ and notebooks/ must agree: a wrong name in a file is found here, not hours into a run."""
 
 import ast
-import importlib.util
+import runpy
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -43,20 +44,10 @@ def test_every_profile_is_whole_and_writes_below_its_own_folder(profile):
     hub = {"01_train_vit", "02_train_llava", "95_scale"}
     elsewhere = {"smoke": {"95_scale"}, "embedded": set(), "laptop": hub, "paper": hub}
     pictures = {
-        "10_inputs",
-        "20_merging",
-        "30_search",
-        "35_images_study",
-        "37_images_study_adaptivity",
-        "40_images",
-        "41_baselines",
-        "55_channel_study",
-        "60_channel",
-        "61_link_adaptation",
-        "62_device_and_server",
-        "65_privacy_study",
-        "70_privacy",
-    }
+        "10_inputs", "20_merging", "30_search", "35_images_study", "37_images_study_adaptivity", "40_images",
+        "41_baselines", "55_channel_study", "60_channel", "61_link_adaptation", "62_device_and_server",
+        "65_privacy_study", "70_privacy",
+    }  # fmt: skip
     assert names == (pictures if profile == "photos" else set(NAMES) - elsewhere[profile])
     for path in files:
         given = yaml.safe_load(path.read_text()) or {}
@@ -86,9 +77,7 @@ def test_notebooks_follow_the_house_rhythm(name):
 
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
 def test_a_rehearsal_has_the_profiles_words_small_numbers_and_data_like_the_hubs(profile, tmp_path):
-    spec = importlib.util.spec_from_file_location("rehearse", ROOT / "notebooks" / "rehearse.py")
-    rehearse = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rehearse)
+    rehearse = SimpleNamespace(**runpy.run_path(str(ROOT / "notebooks" / "rehearse.py")))
     rehearse.build_data(tmp_path, profile)
     for file in (ROOT / "params" / profile).glob("*.yaml"):
         own = notebook.literals(parameter_cell(file.stem))

@@ -23,15 +23,8 @@ every_stage = pytest.mark.parametrize(("profile", "stage"), STAGES.values(), ids
 TRAINING = ("train_vit", "train_llava")
 STUDIES = ("search_study", "images_study", "questions_study", "channel_study", "privacy_study")
 # Imports go down only: from a floor to lower ones, never along it.
-FLOORS = [
-    ("io", "wire"),
-    ("claims", "data", "merging", "plots", "preflight", "verify"),
-    ("models",),
-    ("evaluation",),
-    ("channel", "privacy", "search"),
-    ("cli",),
-]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+HOUSE = re.findall(r"^\| (\d) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+FLOOR = {name: int(floor) for floor, name in HOUSE}
 
 
 def notebooks_of(profile, stage):
@@ -70,15 +63,12 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
     values = [one for value in params.values() for one in (value if isinstance(value, list) else [value])]
     if "fashion-vit" in values:
         read.add("lib/tokmerge/assets/train_vit")
-    if {"easy-vqa-llava", "scenes-llava"} & {one for one in values if isinstance(one, str)}:
+    if "easy-vqa-llava" in values or "scenes-llava" in values:
         read.add("lib/tokmerge/assets/train_llava")
     tables = {dep for dep in stage["deps"][2 * len(each) :] if not dep.startswith("lib/tokmerge/") or "/assets/" in dep}
     # Other models come from the hub or from PyPI; a stage names the shipped ones for all profiles.
-    spare = (
-        {"lib/tokmerge/assets/train_vit", "lib/tokmerge/assets/train_llava"}
-        if profile in ("laptop", "paper", "photos")
-        else set()
-    )
+    elsewhere = profile in ("laptop", "paper", "photos")
+    spare = {f"lib/tokmerge/assets/{name}" for name in TRAINING} if elsewhere else set()
     if "90_figures" in notebooks_of(profile, stage):
         spare |= {f"params/photos/{name}.yaml" for name in PHOTOS}
     assert read <= tables <= read | spare
@@ -87,17 +77,9 @@ def test_stage_reads_and_writes_what_its_params_say(profile, stage):
 def test_profiles_have_the_same_stages_and_what_takes_hours_is_frozen():
     names = {profile: list(preflight.stages(ROOT, profile)) for profile in PROFILES}
     assert names["embedded"] == [*TRAINING, *names["paper"]]
-    assert names["photos"] == [
-        "inputs",
-        "merging",
-        "search",
-        "images_study",
-        "images",
-        "channel_study",
-        "channel",
-        "privacy_study",
-        "privacy",
-    ]
+    assert " ".join(names["photos"]) == (
+        "inputs merging search images_study images channel_study channel privacy_study privacy"
+    )
     hours = {*TRAINING, *STUDIES}
     assert names["smoke"] == [f"{name}_chained" if name in hours else name for name in names["embedded"]]
     assert names["laptop"] == names["smoke"][len(TRAINING) :]
@@ -125,8 +107,7 @@ def test_every_notebook_is_run_once_by_the_checks_and_after_what_it_reads():
     assert sorted(numbers) == sorted(path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb"))
     # Two lanes run side by side, the last alone.
     rounds = [lanes[:2], lanes[2:4], lanes[4:]]
-    made = {stage["outs"][0] if isinstance(stage["outs"][0], str) else next(iter(stage["outs"][0])): stage
-            for stage in preflight.stages(ROOT, "smoke").values()}  # fmt: skip
+    made = {preflight.outputs(stage)[0]: stage for stage in preflight.stages(ROOT, "smoke").values()}
     for at, some in enumerate(rounds):
         for lane in some:
             for turn, number in enumerate(lane.split()):
@@ -193,7 +174,7 @@ def test_imports_of_every_kind_are_seen():
 def test_tests_mirror_the_library():
     tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     tested = {".".join((*path.parts[:-1], path.stem.removeprefix("test_"))) for path in tests}
-    house = {"contributing", "install", "names", "params", "pipeline", "prose", "site"}
+    house = {"contributing", "install", "names", "params", "pipeline", "preloaded", "prose", "site"}
     outside = {name for name in tested if name.startswith(("browser.", "gpu."))} | house
     assert tested - outside <= set(MODULES), "a test file without its module"
     assert house <= tested

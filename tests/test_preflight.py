@@ -93,11 +93,9 @@ def missing(root, profile="paper", stage=None, study=True):
 
 def test_stages_are_those_of_the_profile_with_its_values(root):
     assert preflight.stages(root, "embedded")["study"] == {
-        "cmd": "run",
+        "cmd": "run", "frozen": True, "outs": [{"lib/study": {"cache": False, "persist": True}}],
         "deps": ["notebooks/45_study.ipynb", "params/embedded/45_study.yaml", "results/embedded/inputs"],
-        "outs": [{"lib/study": {"cache": False, "persist": True}}],
-        "frozen": True,
-    }
+    }  # fmt: skip
     assert preflight.outputs(preflight.stages(root, "paper")["vqa"]) == ["results/paper/vqa"]
 
 
@@ -228,11 +226,10 @@ def test_the_laptop_profile_needs_a_network_but_neither_gpu_nor_account(machine)
     ]
     machine.free = 1e9
     machine.refuse = {"frgfm/imagenette": httpx.ConnectError("no")}
-    found = not_running("laptop")
-    assert [line.split(":")[0] for line in found] == ["disk", "dataset"]
-    assert (
-        "frgfm/imagenette (params/laptop/10_inputs.yaml) cannot be reached: ConnectError (network, proxy?)" in found[1]
-    )
+    disk, data = not_running("laptop")
+    assert disk.startswith("disk:")
+    said = "dataset: frgfm/imagenette (params/laptop/10_inputs.yaml) cannot be reached: ConnectError (network, proxy?)"
+    assert data.startswith(said)
 
 
 def test_photographs_need_no_hub(machine):

@@ -43,29 +43,12 @@ HUB_DATA = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette": "frgfm/imagenette
 
 @dataclass
 class Needs:
-    """What a profile needs, each with the params file that says so.
+    """What a profile needs, each with the params file that says so."""
 
-    Attributes:
-        data: data sets on the hub.
-        models: models on the hub.
-        local: files and folders on this machine.
-        unknown: model names that neither timm nor the hub can know.
-    """
-
-    data: dict[str, str] = field(default_factory=dict)
-    models: dict[str, str] = field(default_factory=dict)
-    local: dict[str, str] = field(default_factory=dict)
-    unknown: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def gigabytes(self) -> float:
-        """Disk for all data sets and models."""
-        return sum(STAGE_GIGABYTES.get(name, OTHER) for name in (*self.data, *self.models))
-
-    @property
-    def gpu_gigabytes(self) -> float:
-        """GPU memory for the largest model."""
-        return LANGUAGE_MEMORY if any("llava" in name.lower() for name in self.models) else VISION_MEMORY
+    data: dict[str, str] = field(default_factory=dict)  #: data sets on the hub
+    models: dict[str, str] = field(default_factory=dict)  #: models on the hub
+    local: dict[str, str] = field(default_factory=dict)  #: files and folders on this machine
+    unknown: dict[str, str] = field(default_factory=dict)  #: model names that neither timm nor the hub can know
 
 
 def stages(root: Path, profile: str) -> dict[str, dict[str, Any]]:
@@ -110,13 +93,10 @@ def needs(root: Path, running: Iterable[dict[str, Any]]) -> Needs:
 
 
 def _read(params: dict[str, Any], file: str, found: Needs) -> None:
-    given = [
-        (key, one)
-        for key, value in params.items()
-        for one in (value if isinstance(value, list) else [value])
-        if isinstance(one, str)
-    ]
+    given = [(key, one) for key, some in params.items() for one in (some if isinstance(some, list) else [some])]
     for key, value in given:
+        if not isinstance(value, str):
+            continue
         if key.endswith(("_path", "_file", "_folder")) or key == "checkpoint":
             found.local[value] = f"{key} in {file}"
         elif value in HUB_DATA and not params.get("data_path"):
@@ -133,14 +113,11 @@ def _read(params: dict[str, Any], file: str, found: Needs) -> None:
 def _model(name: str, file: str, found: Needs) -> None:
     import timm
 
+    hub = name if "/" in name else None
     if timm.is_model(name):
-        config = timm.get_pretrained_cfg(name)
-        if config is not None and config.hf_hub_id:
-            found.models[config.hf_hub_id] = file
-        else:
-            found.unknown[name] = file
-    elif "/" in name:
-        found.models[name] = file
+        hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    if hub:
+        found.models[hub] = file
     else:
         found.unknown[name] = file
 
@@ -167,11 +144,13 @@ def missing(root: Path, profile: str, stage: str | None = None) -> Iterator[str]
     running = [stage] if stage else [name for name, one in declared.items() if not one.get("frozen")]
     yield from _inputs(root, profile, declared, running)
     wanted = Needs() if profile in OFFLINE else needs(root, [declared[name] for name in running])
-    yield from _disk(root, RESULTS.get(profile, LARGE_RESULTS) + wanted.gigabytes)
+    fetched = sum(STAGE_GIGABYTES.get(name, OTHER) for name in (*wanted.data, *wanted.models))
+    yield from _disk(root, RESULTS.get(profile, LARGE_RESULTS) + fetched)
     if profile in OFFLINE:
         return
     if profile not in RESULTS:
-        yield from _gpu(wanted.gpu_gigabytes)
+        language = any("llava" in name.lower() for name in wanted.models)
+        yield from _gpu(LANGUAGE_MEMORY if language else VISION_MEMORY)
     for path, where in wanted.local.items():
         if not (root / path).exists():
             yield f"local: {path} ({where}) does not exist"
@@ -230,8 +209,7 @@ def _inputs(root: Path, profile: str, declared: dict[str, dict[str, Any]], runni
 
 
 def _disk(root: Path, gigabytes: float) -> Iterator[str]:
-    free = shutil.disk_usage(root).free / 1e9
-    if free < gigabytes:
+    if (free := shutil.disk_usage(root).free / 1e9) < gigabytes:
         yield f"disk: {free:.0f} GB free where {root} lies, about {gigabytes:.0f} GB are needed"
 
 

@@ -9,7 +9,7 @@ import time
 from urllib.request import Request, urlopen
 
 import pytest
-from tokmerge.io import paths
+from tokmerge.io import paths, store
 from tokmerge.models.saliency import fetched_file
 
 ROOT = paths.root()
@@ -21,16 +21,12 @@ STARTED = re.compile(r"http://127\.0\.0\.1:(\d+)/lab")
 def lab(tmp_path_factory):
     """JupyterLab from the checkout, its settings elsewhere and without autosave, so that nothing is left behind."""
     home = tmp_path_factory.mktemp("lab")
-    settings = home / "settings" / "@jupyterlab"
-    (settings / "docmanager-extension").mkdir(parents=True)
-    (settings / "docmanager-extension" / "plugin.jupyterlab-settings").write_text('{"autosave": false}')
-    # Every cell is on the page, however long the notebook.
-    (settings / "notebook-extension").mkdir(parents=True)
-    (settings / "notebook-extension" / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
-    (settings / "apputils-extension").mkdir(parents=True)
-    (settings / "apputils-extension" / "notification.jupyterlab-settings").write_text(
-        json.dumps({"fetchNews": "false", "checkForUpdates": False})
-    )
+    for plugin, settings in (
+        ("docmanager-extension/plugin", {"autosave": False}),
+        ("notebook-extension/tracker", {"windowingMode": "none"}),  # every cell is on the page
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+    ):
+        store.save_json(settings, home / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings")
     environment = {
         **os.environ,
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
@@ -116,9 +112,8 @@ def test_tour_runs_shows_its_figures_and_follows_the_sliders(lab, page):
     before = TOUR.read_bytes()
     run_all(lab, page, "00_tour", r"At threshold [\d.]+ the 3 photos keep")
 
-    widths = page.evaluate(
-        "Array.from(document.querySelectorAll('.jp-OutputArea-output > img'), image => image.naturalWidth)"
-    )
+    images = "document.querySelectorAll('.jp-OutputArea-output > img')"
+    widths = page.evaluate(f"Array.from({images}, image => image.naturalWidth)")
     photographs = fetched_file(paths.data()).is_file()
     assert len(widths) == 3 + photographs, "photographs if their model is there, merge maps, slider positions, budget"
     assert min(widths) > 300

@@ -8,3 +8,14 @@ plt.switch_backend("Agg")
 def _close():
     yield
     plt.close("all")
+
+
+@pytest.fixture
+def ax():
+    return plt.subplots()[1]
+
+
+@pytest.fixture
+def axes():
+    """Three beside each other."""
+    return plt.subplots(1, 3)[1]

@@ -1,4 +1,3 @@
-import matplotlib.pyplot as plt
 import pandas as pd
 from tokmerge.plots.channel import draw_channel, draw_link, draw_sweeps, draw_trace
 
@@ -8,8 +7,7 @@ LINK = pd.DataFrame(
 )
 
 
-def test_a_link_figure_has_a_line_and_a_band_per_family():
-    _, ax = plt.subplots()
+def test_a_link_figure_has_a_line_and_a_band_per_family(ax):
     draw_link(ax, LINK)
     assert [line.get_label() for line in ax.lines] == ["unmerged", "adaptive"]
     assert list(ax.lines[0].get_xdata()) == [-5.0, 5.0]
@@ -34,9 +32,8 @@ def test_sweeps_have_a_panel_each():
     assert [ax.get_ylabel() for ax in fig.axes] == ["top-1 (%)", "right answers (%)"]
 
 
-def test_a_trace_figure_tells_policies_from_fixed_choices():
+def test_a_trace_figure_tells_policies_from_fixed_choices(ax):
     table = pd.DataFrame({"kind": ["policy", "fixed", "fixed"], "choice": ["adaptive", "a", "b"], "score": 0.9})
-    _, ax = plt.subplots()
     draw_trace(ax, table.assign(latency_s=[0.1, 0.2, 0.3]))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["fixed choices", "adaptive"]
     assert len(ax.collections[0].get_offsets()) == 2

@@ -1,4 +1,3 @@
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,8 +10,7 @@ def test_merge_map_drops_the_protected_tokens():
         merge_map(np.arange(4), protected=1)
 
 
-def test_draw_merge_map_separates_groups_and_tints_the_merged_ones():
-    _, ax = plt.subplots()
+def test_draw_merge_map_separates_groups_and_tints_the_merged_ones(ax):
     draw_merge_map(ax, np.zeros((4, 4)), np.array([[1, 1], [1, 2]]))
     image, tint = ax.images
     assert image.get_extent() == [0, 2, 2, 0]

@@ -1,4 +1,3 @@
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,8 +34,7 @@ def test_grey_reconstructions_are_shown_as_grey():
     assert fig.axes[0].images[0].get_array().tolist()[0] == [[0, 0, 0], [85, 85, 85]]
 
 
-def test_leakage_shows_intervals_and_numbers_the_defences():
-    _, ax = plt.subplots()
+def test_leakage_shows_intervals_and_numbers_the_defences(ax):
     draw_leakage(ax, rows(["same counts", "merged to 4%", "merged"]), "bytes", "ssim")
     assert [container.get_label() for container in ax.containers] == ["1  merged", "2  merged to 4%", "3  same counts"]
     assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]
@@ -46,8 +44,7 @@ def test_leakage_shows_intervals_and_numbers_the_defences():
     assert ax.get_xscale() == "log"
 
 
-def test_the_worst_stand_beside_all_in_the_order_given():
-    _, ax = plt.subplots()
+def test_the_worst_stand_beside_all_in_the_order_given(ax):
     table = rows(["same counts", "merged"], images=("all", "worst"))
     draw_worst(ax, table, "ssim", ["merged", "same counts"])
     every, worst = [container for container in ax.containers if hasattr(container, "patches")]
@@ -56,9 +53,8 @@ def test_the_worst_stand_beside_all_in_the_order_given():
     assert worst.patches[0].get_x() > every.patches[0].get_x()
 
 
-def test_convergence_has_a_style_per_attacker_and_a_colour_per_defence():
+def test_convergence_has_a_style_per_attacker_and_a_colour_per_defence(ax):
     rows = [("map", 1, 0.5), ("map", 2, 0.4), ("grid", 1, 0.6), ("gradient", 1, 9.0)]
-    _, ax = plt.subplots()
     draw_convergence(ax, pd.DataFrame(rows, columns=["attacker", "step", "loss"]).assign(defence="merged"))
     solid, dashed = ax.lines
     assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")

@@ -12,8 +12,8 @@ from tokmerge.search import methods
 
 STATISTICS = ([0.5] * 4, [0.1] * 4)
 OPTIONS = {"positions": "first", "weights": "size"}
-
-
+# Roots of shares.
+SCHEDULE = {"root_00": 0.5**0.5, "root_01": 1.0, "root_02": 0.3**0.5, "root_03": 0.0}
 CALIBRATION = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 
 
@@ -47,12 +47,10 @@ def test_every_method_is_its_own_search(spaces):
 
 
 def test_schedules_take_their_counts(spaces):
-    roots = {"00": 0.5, "01": 1.0, "02": 0.3, "03": 0.0}
-    choice = {f"root_{at}": root**0.5 for at, root in roots.items()}
-    assert spaces["ToMe"].configuration(choice).policy == TopR((16, 24, 4, 0))
-    assert spaces["ToMe on tokens"].configuration(choice).policy == TopR((16, 24, 4, 0), feature="tokens")
-    assert spaces["PiToMe"].configuration(choice).policy == PiToMe((16, 24, 4, 0), unprotected=0.5)
-    assert spaces["AdaMerge"].configuration(choice).policy.r == (32, 48, 8, 0)
+    assert spaces["ToMe"].configuration(SCHEDULE).policy == TopR((16, 24, 4, 0))
+    assert spaces["ToMe on tokens"].configuration(SCHEDULE).policy == TopR((16, 24, 4, 0), feature="tokens")
+    assert spaces["PiToMe"].configuration(SCHEDULE).policy == PiToMe((16, 24, 4, 0), unprotected=0.5)
+    assert spaces["AdaMerge"].configuration(SCHEDULE).policy.r == (32, 48, 8, 0)
     two = {"prune_00": 0.0, "prune_01": 1.0, "merge_00": 0.6, "merge_01": 0.6}
     # Pruned are 0, 1/9, 4/9 and 1 of what may go, merged 0.36 of it.
     # 64: 0 and 12 -> 52: 3 and 9 -> 40: 9 and 5 -> 26: 13 and 2.
@@ -60,9 +58,7 @@ def test_schedules_take_their_counts(spaces):
 
 
 def test_the_calibrated_threshold_is_searched_by_what_calibration_images_lose(spaces):
-    roots = {"00": 0.5, "01": 1.0, "02": 0.3, "03": 0.0}
-    choice = {f"root_{at}": root**0.5 for at, root in roots.items()}
-    policy = spaces["calibrated threshold"].configuration(choice).policy
+    policy = spaces["calibrated threshold"].configuration(SCHEDULE).policy
     assert isinstance(policy, Threshold)
     tokens = tokmerge.patch(build(), policy)(CALIBRATION)[1].tokens.float().mean(0)
     assert (tokens[:-1] - tokens[1:]).tolist() == [16, 24, 4, 0]
@@ -73,8 +69,7 @@ def test_precision_is_searched_beside_the_policy(spaces):
     shares = dict.fromkeys(spaces["threshold"].bounds, 0.5)
     policy = spaces["threshold"].configuration(shares).policy
     for coarseness, precision in ((0.0, "float16"), (0.99, "float16"), (1.0, "int8"), (2.5, "int4"), (3.0, "int4")):
-        found = space.configuration({**shares, "coarseness": coarseness})
-        assert found == Configuration(policy, precision, 2)
+        assert space.configuration({**shares, "coarseness": coarseness}) == Configuration(policy, precision, 2)
     assert space.bounds["coarseness"] == (0.0, 3.0)
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import tokmerge
 import torch
 from PIL import Image
@@ -78,11 +79,8 @@ def test_points_that_others_beat_on_other_pictures_are_left_out(model, images):
     ],
 )
 def test_trouble_comes_before_long_work(arguments, message, tmp_path, monkeypatch):
-    import timm
-
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, **_: timm.models.ResNet(timm.models.resnet.BasicBlock, [1] * 4)
-    )
+    resnet = timm.models.ResNet(timm.models.resnet.BasicBlock, [1] * 4)
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: resnet)
     with pytest.raises(SystemExit, match=message):
         cli.main(["search", *arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

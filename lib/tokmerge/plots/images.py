@@ -13,27 +13,14 @@ from PIL import Image
 from tokmerge.plots.style import AXIS_LABELS, COLORS, legend_outside, shared_legend
 
 # Methods of images; those that are cut after some block are ours, too.
-OURS = (
-    "threshold",
-    "size-aware threshold",
-    "calibrated threshold",
-    "confidence threshold",
-    "capped threshold",
-    "relative threshold",
-)
+OURS = ("threshold", "size-aware threshold", "calibrated threshold", "confidence threshold", "capped threshold",
+        "relative threshold")  # fmt: skip
 GROUPS = {
     "ours": OURS,
     "published": ("ToMe", "PiToMe", "ToFu", "AdaMerge", "DiffRate", "attention pruning", "DyMU"),
-    "simple": (
-        "ToMe on tokens",
-        "size-aware ToMe",
-        "one threshold",
-        "fixed r",
-        "window pooling",
-        "keep rates",
-        "random pruning",
-    ),
-}
+    "simple": ("ToMe on tokens", "size-aware ToMe", "one threshold", "fixed r", "window pooling", "keep rates",
+               "random pruning"),
+}  # fmt: skip
 
 
 def draw_similarity(ax: Axes, similarity: pd.DataFrame) -> None:
@@ -64,18 +51,18 @@ def draw_sweep(ax: Axes, sweep: pd.DataFrame, column: str) -> None:
     ax.set(xlabel=AXIS_LABELS[column], xlim=(0, 1.02))
 
 
-def draw_tradeoffs(sweep: pd.DataFrame, score_name: str, where: str, points: float = 0.01) -> Figure:
-    """`draw_sweep` against MACs, tokens and bytes; the title says who needs how little within so many points."""
+def draw_tradeoffs(sweep: pd.DataFrame, score_name: str, where: str) -> Figure:
+    """`draw_sweep` against MACs, tokens and bytes; the title says who needs how little within a point."""
     fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), sharey=True)
     for ax, column in zip(axes, ("macs_ratio", "tokens_ratio", "bytes_ratio"), strict=True):
         draw_sweep(ax, sweep, column)
-    within = sweep[sweep.score >= sweep[sweep.method == "unmerged"].score.item() - points]
+    within = sweep[sweep.score >= sweep[sweep.method == "unmerged"].score.item() - 0.01]
     costs = within.groupby("method")[["macs_ratio", "bytes_ratio"]]
     least = costs.min().reindex(["threshold", "fixed r"], fill_value=1.0).itertuples(index=False)
     axes[0].set_ylabel(f"{score_name} (%)")
     said = [f"{name} takes {macs:.2f} of the MACs and {sent:.2f} of the bytes at least"
             for name, (macs, sent) in zip(("one threshold", "fixed r"), least, strict=True)]  # fmt: skip
-    fig.suptitle(f"{where}, within {100 * points:g} point:\n{', '.join(said)}", fontsize=10)
+    fig.suptitle(f"{where}, within 1 point:\n{', '.join(said)}", fontsize=10)
     fig.tight_layout()
     shared_legend(axes, columns=3)
     return fig
@@ -137,20 +124,20 @@ def draw_splits(axes: Sequence[Axes], splits: pd.DataFrame, sent: pd.DataFrame, 
     colors = {"ours": COLORS["threshold"], "unmerged": COLORS["unmerged"]}
     styles = {"float16": "-", "int8": "--", "int4": ":"}
     for (method, precision), part in splits.groupby(["method", "precision"], sort=False):
-        look: dict[str, Any] = {"color": colors[str(method)], "label": f"{method}, {precision}"}
-        axes[0].semilogy(part.split_layer, part.payload_bytes, styles[str(precision)], **look)
+        line, color, label = styles[str(precision)], colors[str(method)], f"{method}, {precision}"
+        axes[0].semilogy(part.split_layer, part.payload_bytes, line, color=color, label=label)
     for ending, label, color in (("jpeg", "JPEG", COLORS["fixed r"]), ("webp", "WebP", COLORS["accent"])):
         fine = sent[(sent.sent == ending) & (sent.score_drop <= 0.005)]
         if len(fine):
-            look = {"color": color, "label": f"{label}, within 0.5 points"}
-            axes[0].axhline(fine.payload_bytes.min(), lw=1, ls="-.", **look)
+            fewest, label = fine.payload_bytes.min(), f"{label}, within 0.5 points"
+            axes[0].axhline(fewest, lw=1, ls="-.", color=color, label=label)
     axes[0].set_title(f"{where}: the point of fewest MACs", fontsize=9)
     axes[0].set(xlabel="blocks on the device", ylabel="bytes per image")
     legend_outside(axes[0], columns=3)
     for method, part in splits[splits.precision == "float16"].groupby("method", sort=False):
-        for where, macs, marker in (("device", part.edge_macs, "o-"), ("server", part.server_macs, "s--")):
-            look = {"color": colors[str(method)], "label": f"{method}, {where}"}
-            axes[1].plot(part.split_layer, macs / 1e6, marker, ms=3, **look)
+        for side, macs, marker in (("device", part.edge_macs, "o-"), ("server", part.server_macs, "s--")):
+            color, label = colors[str(method)], f"{method}, {side}"
+            axes[1].plot(part.split_layer, macs / 1e6, marker, ms=3, color=color, label=label)
     axes[1].set(xlabel="blocks on the device", ylabel="million MACs per image")
     legend_outside(axes[1], columns=2)
 
@@ -212,8 +199,7 @@ def draw_gains(ax: Axes, gains: pd.DataFrame, score_name: str = "accuracy") -> N
 def draw_budgets(ax: Axes, budgets: pd.DataFrame, score_name: str = "accuracy") -> None:
     """What adaptivity buys as budgets shrink: columns method, macs_ratio, gain and gain_ci95 (as shares)."""
     colors = (COLORS["threshold"], COLORS["fixed r"], COLORS["accent"])
-    looks = zip(budgets.groupby("method", sort=False), colors, "osD", strict=False)
-    for (method, part), color, marker in looks:
+    for (method, part), color, marker in zip(budgets.groupby("method", sort=False), colors, "osD", strict=False):
         part = part.sort_values("macs_ratio")
         ax.errorbar(
             part.macs_ratio, 100 * part.gain, 100 * part.gain_ci95, fmt=f"{marker}-", color=color, ms=5, lw=1.2,

@@ -55,9 +55,8 @@ def draw_reconstructions(rebuilt: pd.DataFrame, defences: Sequence[str], notes: 
     """
     images = sorted(rebuilt.image.unique())
     inches = max(0.8, rebuilt["shape"].str[-1].max() / 80)
-    fig, axes = plt.subplots(
-        len(defences), len(images), figsize=(inches * len(images) + 1.6, inches * len(defences)), squeeze=False
-    )
+    size = (inches * len(images) + 1.6, inches * len(defences))
+    fig, axes = plt.subplots(len(defences), len(images), figsize=size, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
@@ -70,9 +69,8 @@ def draw_reconstructions(rebuilt: pd.DataFrame, defences: Sequence[str], notes: 
             picture = picture.repeat(3, axis=2) if channels == 1 else picture
             axes[row, images.index(entry.image)].imshow(picture, interpolation="nearest")
         note = (notes or {}).get(defence)
-        axes[row, 0].set_ylabel(
-            f"{defence}\n{note}" if note else defence, rotation=0, ha="right", va="center", fontsize=8
-        )
+        label = f"{defence}\n{note}" if note else defence
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     fig.subplots_adjust(wspace=0.05, hspace=0.05)
     return fig
 

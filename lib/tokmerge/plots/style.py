@@ -97,7 +97,7 @@ def save_figure(figure: Figure, path: Path, data: str) -> None:
     """
     if not any(data in text.get_text() for text in figure.findobj(Text)):
         raise ValueError(f"figure {path.name} does not say that it shows {data}")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     legends = [ax.get_legend() for ax in figure.axes]
     boxes = [legend.get_window_extent() for legend in [*legends, *figure.legends] if legend is not None]
     if any(box.overlaps(ax.bbox) for box in boxes for ax in figure.axes):

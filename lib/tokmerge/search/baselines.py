@@ -6,7 +6,7 @@ folder replays what has been measured and goes on.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tokmerge.models.configuration import Configuration, to_json
 from tokmerge.search.space import Space, cosines
 from tokmerge.search.trials import COMPLETED, AskTell, Trial
 
-Method = Generator[list[tuple[dict[str, float], Configuration]], np.ndarray, None]
+Method = Generator[list[tuple[dict[str, float], Configuration]], np.ndarray | None, None]
 
 
 def sobol(space: Space, n: int, seed: int) -> Method:
@@ -53,8 +53,8 @@ def grid(configurations: Sequence[Configuration]) -> Method:
 
 def uniform(n: int) -> list[Configuration]:
     """One cosine threshold for all blocks, n of them, spread as `tokmerge.search.space.threshold_space` does."""
-    roots = np.linspace(1.0, 0.0, n, endpoint=False)
-    return [Configuration(Threshold(tau)) for tau in cosines(list(map(float, _scattered(roots))))]
+    roots = np.linspace(1.0, 0.0, n, endpoint=False).tolist()
+    return [Configuration(Threshold(tau)) for tau in cosines(_scattered(roots))]
 
 
 def fixed_r(depth: int, n_tokens: int, n: int) -> list[Configuration]:
@@ -108,7 +108,7 @@ def pooling(depth: int, n: int) -> list[Policy]:
     return found
 
 
-def _scattered(grid: Sequence[Any] | np.ndarray) -> list[Any]:
+def _scattered(grid: Sequence[Any]) -> list[Any]:
     """The grid in an order whose every beginning covers it evenly (van der Corput's).
 
     >>> _scattered([0, 1, 2, 3, 4])
@@ -133,26 +133,18 @@ class BaselineSearch(AskTell):
         about: Mapping[str, Any],
     ) -> None:  # fmt: skip
         super().__init__(folder, {**about, "method": name, "axis": axis, "reference": list(reference)})
-        self._name, self._axis, self._failed = name, axis, 2 * np.asarray(reference, float)
-        self._batches = self._generations(method)
+        self._name, self._method, self._axis, self._failed = name, method, axis, 2 * np.asarray(reference, float)
+        self._numbers = count()
 
     def _propose(self, n: int) -> list[Trial]:
-        return next(self._batches, [])
-
-    def _generations(self, method: Method) -> Generator[list[Trial], None, None]:
-        proposals, first = next(method), 0
-        while True:
-            batch = [Trial(first + place, self._name, *proposal) for place, proposal in enumerate(proposals)]
-            yield batch
-            first += len(batch)
-            try:
-                proposals = method.send(np.array([self._values(self._rows[trial.index]) for trial in batch]))
-            except StopIteration:
-                return
-
-    def _values(self, row: Mapping[str, Any]) -> np.ndarray:
-        done = row["status"] == COMPLETED
-        return np.array([row[name] for name in (self._axis, *COSTS)]) if done else self._failed
+        told = [self._rows[trial.index] for trial in self._pending]
+        values = [[row[name] for name in (self._axis, *COSTS)] if row["status"] == COMPLETED else self._failed
+                  for row in told]  # fmt: skip
+        try:
+            proposals = self._method.send(np.array(values) if values else None)
+        except StopIteration:
+            return []
+        return [Trial(next(self._numbers), self._name, *proposal) for proposal in proposals]
 
 
 def measure_grid(

@@ -27,10 +27,6 @@ from ax.generation_strategy.generator_spec import GeneratorSpec
 from ax.utils.common.logger import set_stderr_log_level
 from ax.utils.common.random import with_rng_seed
 from botorch.acquisition.multi_objective import logei
-from botorch.acquisition.multi_objective.logei import (
-    qLogExpectedHypervolumeImprovement,
-    qLogNoisyExpectedHypervolumeImprovement,
-)
 
 from tokmerge.evaluation.objective import AXES, COSTS
 from tokmerge.io import store
@@ -196,7 +192,7 @@ def strategy(settings: Settings) -> GenerationStrategy:
     what Ax's default takes; exact values need it once.
     """
     exact = settings.noise == "none"
-    acquisition = qLogExpectedHypervolumeImprovement if exact else qLogNoisyExpectedHypervolumeImprovement
+    acquisition = logei.qLogExpectedHypervolumeImprovement if exact else logei.qLogNoisyExpectedHypervolumeImprovement
     optimizer = {"num_restarts": settings.restarts, "raw_samples": settings.raw_samples}
     options = {"botorch_acqf_class": acquisition, "botorch_acqf_options": {"mc_samples": settings.samples}}
     model = GeneratorSpec(Generators.BOTORCH_MODULAR, options, {"model_gen_options": {"optimizer_kwargs": optimizer}})

@@ -15,16 +15,8 @@ from typing import Any
 import numpy as np
 
 from tokmerge.evaluation.calibrate import thresholds_for_rates
+from tokmerge.merging import peers
 from tokmerge.merging.matching import Policy
-from tokmerge.merging.peers import (
-    AdaMerge,
-    AttentionPruning,
-    DominantMerging,
-    OutlierMerging,
-    RandomPruning,
-    StaticRates,
-    ToFu,
-)
 from tokmerge.merging.policies import PiToMe, Threshold, TopR
 from tokmerge.merging.thresholds import CappedThreshold, ConfidenceThreshold, LocalThreshold, RelativeThreshold
 from tokmerge.models.configuration import Configuration, LlavaConfiguration
@@ -61,15 +53,15 @@ def image_spaces(
 
     def schedule(method: Callable[..., Policy], times: float = 1.0) -> Space:
         def policy(root: Sequence[float]) -> Policy:
-            return method(tuple(round(times * r) for r in counts(squares(root), n_tokens)))
+            return method(tuple(round(times * r) for r in counts(root, n_tokens)))
 
         settled = {"method": str(method((1,) * depth))}
         return policy_space(depth, {"root": SHARE}, policy, parameters, settled=settled)
 
     def static(prune: Sequence[float], merge: Sequence[float]) -> Policy:
         roots = [root for both in zip(prune, merge, strict=True) for root in both]
-        lost = counts(squares(roots), n_tokens)
-        return StaticRates(lost[::2], lost[1::2])
+        lost = counts(roots, n_tokens)
+        return peers.StaticRates(lost[::2], lost[1::2])
 
     def size_aware(root: Sequence[float]) -> Policy:
         return Threshold(cosines(root, FARTHEST_SIZE_AWARE), size_aware=True)
@@ -79,12 +71,12 @@ def image_spaces(
         return ConfidenceThreshold(below, unsure, sure, depth // 3, size_aware=True)
 
     def capped(root: Sequence[float], cap: Sequence[float]) -> Policy:
-        return CappedThreshold(cosines(root), counts(squares(cap), n_tokens))
+        return CappedThreshold(cosines(root), counts(cap, n_tokens))
 
     def calibrated(root: Sequence[float]) -> Policy:
-        return thresholds_for_rates(run, counts(squares(root), n_tokens), "tokens", size_aware=True)
+        return thresholds_for_rates(run, counts(root, n_tokens), "tokens", size_aware=True)
 
-    half, below = parameters // 2, {"root": SHARE}
+    half, below, doubt = parameters // 2, {"root": SHARE}, {"unsure": (0.0, 1.0), "sure": (1.0, 2.0)}
     return {
         "threshold": threshold_space(depth, parameters),
         "size-aware threshold": policy_space(
@@ -92,12 +84,7 @@ def image_spaces(
         ),
         "calibrated threshold": policy_space(depth, below, calibrated, parameters, settled={"calibrated": "tokens"}),
         "confidence threshold": policy_space(
-            depth,
-            below,
-            confident,
-            parameters - 2,
-            settled={"confidence": FARTHEST_SIZE_AWARE},
-            scalars={"unsure": (0.0, 1.0), "sure": (1.0, 2.0)},
+            depth, below, confident, parameters - 2, settled={"confidence": FARTHEST_SIZE_AWARE}, scalars=doubt
         ),
         "capped threshold": policy_space(depth, {**below, "cap": SHARE}, capped, half, settled={"farthest": FARTHEST}),
         "relative threshold": policy_space(depth, {"z": (-3.0, 3.0)}, RelativeThreshold, parameters),
@@ -105,17 +92,12 @@ def image_spaces(
         "ToMe on tokens": schedule(partial(TopR, feature="tokens")),
         "size-aware ToMe": schedule(partial(TopR, feature="tokens", size_aware=True)),
         "PiToMe": schedule(partial(PiToMe, unprotected=0.5)),
-        "ToFu": schedule(ToFu),
+        "ToFu": schedule(peers.ToFu),
         # The share of r that an average image loses is one half.
-        "AdaMerge": schedule(lambda r: AdaMerge(r, *statistics), 2.0),
+        "AdaMerge": schedule(lambda r: peers.AdaMerge(r, *statistics), 2.0),
         "DiffRate": policy_space(depth, {"prune": SHARE, "merge": SHARE}, static, half),
-        "attention pruning": schedule(AttentionPruning),
+        "attention pruning": schedule(peers.AttentionPruning),
     }
-
-
-def squares(roots: Sequence[float]) -> list[float]:
-    """Shares as they are searched, by their square roots."""
-    return [root * root for root in roots]
 
 
 def sent_space(space: Space, splits: Sequence[int], precisions: Sequence[str]) -> Space:
@@ -143,19 +125,19 @@ def _chosen(options: Sequence[Any], value: float) -> Any:
     return options[min(int(value), len(options) - 1)]
 
 
-def counts(shares: Sequence[float], n_tokens: int) -> tuple[int, ...]:
+def counts(roots: Sequence[float], n_tokens: int) -> tuple[int, ...]:
     """Tokens to lose at every block: a share of what those still present could lose to a bipartite match.
 
     Args:
-        shares: between 0 and 1, one per block.
+        roots: of these shares, one per block.
         n_tokens: before the first block.
 
-    >>> counts([1.0, 0.5, 0.0], 8)
+    >>> counts([1.0, 0.7, 0.0], 8)
     (4, 1, 0)
     """
     found = []
-    for share in shares:
-        found.append(round(share * (n_tokens // 2)))
+    for root in roots:
+        found.append(round(root * root * (n_tokens // 2)))
         n_tokens -= found[-1]
     return tuple(found)
 
@@ -199,7 +181,7 @@ def question_spaces(depth: int, n_tokens: int, parameters: int, **options: Any) 
         return LocalThreshold(question_cosines(root), round(window))
 
     # Every integer from 2 to half the grid gets an equal part of the range.
-    below, near = {"root": (0.0, 1.0)}, {"window": (1.5, n_tokens**0.5 // 2 + 0.5)}
+    below, near = {"root": SHARE}, {"window": (1.5, n_tokens**0.5 // 2 + 0.5)}
     return {
         "threshold": policy_space(depth, below, threshold, parameters, configure, settled=options),
         "local threshold": policy_space(depth, below, local, parameters - 1, configure, settled=options, scalars=near),
@@ -231,13 +213,13 @@ def question_grids(
     policies: dict[str, list[Policy]] = {
         "one threshold": [Threshold(float(tau)) for tau in np.linspace(0.995, 0.8, n)],
         "ToMe constant": [TopR(r) for r in each],
-        "attention pruning": [AttentionPruning(r) for r in each],
-        "attention, last layer": [AttentionPruning(r) for r in late],
-        "PruMerge": [OutlierMerging(depth - 1, spread) for spread in spreads],
-        "PruMerge+": [OutlierMerging(depth - 1, spread, samples=3) for spread in spreads],
-        "VisionZip": [DominantMerging(depth - 1, *few) for few in budgets],
+        "attention pruning": [peers.AttentionPruning(r) for r in each],
+        "attention, last layer": [peers.AttentionPruning(r) for r in late],
+        "PruMerge": [peers.OutlierMerging(depth - 1, spread) for spread in spreads],
+        "PruMerge+": [peers.OutlierMerging(depth - 1, spread, samples=3) for spread in spreads],
+        "VisionZip": [peers.DominantMerging(depth - 1, *few) for few in budgets],
         "window pooling": pooling(depth, n),
-        "random pruning": [RandomPruning(r) for r in each],
+        "random pruning": [peers.RandomPruning(r) for r in each],
     }
     grids = {name: [LlavaConfiguration(policy, **options) for policy in some] for name, some in policies.items()}
     prunings = [Pruning(layer, float(share)) for layer in after for share in shares]

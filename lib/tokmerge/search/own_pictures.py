@@ -7,7 +7,6 @@ the same class, or the correlation of maps.
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,10 +17,9 @@ from torch import nn
 from tokmerge.data import image_sets
 from tokmerge.data.image_sets import DataError, ImageSet
 from tokmerge.evaluation import workers
-from tokmerge.evaluation.objective import Objective
+from tokmerge.evaluation.objective import COSTS, Objective
 from tokmerge.io import store
 from tokmerge.merging import front
-from tokmerge.merging.front import Front
 from tokmerge.models import zoo
 from tokmerge.models.configuration import Configuration, from_row
 from tokmerge.models.merged import digest_weights
@@ -56,7 +54,7 @@ def front_points(trials: pd.DataFrame, axis: str, worst: float, objective: Objec
     return pareto.best(pd.DataFrame(rows), axis)
 
 
-def policy_file(points: pd.DataFrame, model: str, dataset: str, objective: Objective) -> Front:
+def policy_file(points: pd.DataFrame, model: str, dataset: str, objective: Objective) -> front.Front:
     """What `front_points` gives as a `Front`."""
     rows = [{**row, "policy": from_row(row).policy} for row in points.to_dict("records")]
     unmerged = objective.unmerged.summary()["score"]
@@ -64,16 +62,15 @@ def policy_file(points: pd.DataFrame, model: str, dataset: str, objective: Objec
 
 
 def search_pictures(
-    name: str, model: nn.Module, images: ImageSet, out: Path, n_trials: int = 64, n_images: int = 64,
-    batch_size: int = 16, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    name: str, model: nn.Module, images: ImageSet, out: Path, n_trials: int = 64, n_images: int = 64, seed: int = 0
+) -> pd.DataFrame:
     """Search a model's thresholds on some pictures, and write front.json, report.md and report.png into a folder.
 
     Args:
         name, model: timm VisionTransformer, or one with a decoder (`tokmerge.models.dense`).
         images: half of them are searched on, at most ``n_images``; as many of the others are what is reported.
         out: the folder. An interrupted search goes on where it stopped.
-        n_trials, batch_size, seed: of the search.
+        n_trials, seed: of the search.
 
     Returns:
         The points of the front, as measured on the other half.
@@ -89,13 +86,12 @@ def search_pictures(
         image_sets.tensors(image_sets.subset(images, part), zoo.transform(model))
         for part in (order[:half], order[half : 2 * half])
     )
-    measure, again = (Objective(model, batch, batch_size) for batch in (searched, others))
+    measure, again = (Objective(model, batch, batch_size=16) for batch in (searched, others))
     work = out / "search"
     space = threshold_space(patch(model, None).depth, 6)
     settings = bayesian.Settings(
-        reference=REFERENCE, n_curve=min(4, n_trials), n_sobol=max(2, n_trials // 8), samples=16, restarts=2,
-        raw_samples=64, seed=seed,
-    )  # fmt: skip
+        reference=REFERENCE, n_curve=min(4, n_trials), n_sobol=max(2, n_trials // 8), samples=16, seed=seed
+    )
     about = {"model": name, "pictures": images.name, **measure.about}
     trials = bayesian.Search(work, space, settings, about).run(workers.here(measure), n_trials, description="search")
     points = front_points(trials, "kl", REFERENCE[0] ** 2, again)
@@ -106,11 +102,6 @@ def search_pictures(
     _draw(out / "report.png", model, others, points)
     shutil.rmtree(work)
     return points
-
-
-def _cheapest(points: pd.DataFrame, loss: float, cost: str) -> Any:
-    within = points[points.score_drop <= loss]
-    return within.loc[within[cost].idxmin()] if len(within) else None
 
 
 def _report(
@@ -130,9 +121,9 @@ def _report(
     for loss in LOSSES:
         cells = []
         for table in (points, uniform):
-            for cost in ("macs_ratio", "bytes_ratio"):
-                best = _cheapest(table, loss, cost)
-                cells.append("none" if best is None else f"{best[cost]:.3f} (loses {best.score_drop:.3f})")
+            for cost in COSTS:
+                within = table[table.score_drop <= loss].nsmallest(1, cost)
+                cells += [f"{row[cost]:.3f} (loses {row.score_drop:.3f})" for _, row in within.iterrows()] or ["none"]
         lines.append(f"| {loss:g} | {' | '.join(cells)} |")
     lines += [
         "", "Shares of the unmerged model's; each the cheapest point on these very pictures: a little flattered.", "",
@@ -147,7 +138,7 @@ def _draw(file: Path, model: nn.Module, batch: image_sets.Batch, points: pd.Data
     """Merge maps of a few pictures at points from careful to bold."""
     style()
     some = points.sort_values("macs_ratio", ascending=False)
-    some = some.iloc[np.unique(np.linspace(0, len(some) - 1, N_SHOWN).round().astype(int))] if len(some) else some
+    some = some.iloc[np.unique(np.linspace(0, len(some) - 1, N_SHOWN).round().astype(int))]
     shown = [Configuration(None), *map(from_row, some.to_dict("records"))]
     titles = ["unmerged", *(f"MACs {row.macs_ratio:.2f}" for row in some.itertuples())]
     first, merged = batch.images[:N_SHOWN], patch(model, None)

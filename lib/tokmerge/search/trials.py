@@ -140,8 +140,7 @@ class AskTell(ABC):
         Returns:
             The table, with each evaluation's ``seconds``.
         """
-        quiet = description is None
-        bar = tqdm(total=n, initial=self.n, desc=description, unit="trial", leave=False, disable=quiet)
+        bar = tqdm(total=n, initial=self.n, desc=description, unit="trial", leave=False, disable=description is None)
         with self._alone(), bar:
             while self.n < n and (trials := self.ask(int(min(at_once, n - self.n)))):
                 asked = {trial.index: trial for trial in trials}
