@@ -1,41 +1,30 @@
 import numpy as np
 import pytest
-from tokmerge.merging.calibration import Calibration
 from tokmerge.merging.policies import Threshold
 from tokmerge.models.configuration import Configuration
 from tokmerge.search.space import FARTHEST, Space, threshold_space
 
-CALIBRATION = Calibration(np.tile(np.linspace(0.5, 1, 11), (4, 1)))
-
 
 def test_spaces_map_parameters_to_thresholds():
-    calibrated = threshold_space(4, calibration=CALIBRATION)
-    assert list(calibrated.bounds) == ["u_00", "u_01", "u_02", "u_03"]
-    point = dict(zip(calibrated.bounds, (0.0, 0.2, 0.5, 1.0), strict=True))
-    assert calibrated.configuration(point).policy == Threshold(CALIBRATION.thresholds([0.0, 0.2, 0.5, 1.0]))
-    raw = threshold_space(4)
-    assert set(raw.bounds.values()) == {(0.0, 1.0)}
-    found = raw.configuration(dict(zip(raw.bounds, (0.0, 0.5, 0.8, 1.0), strict=True))).policy
+    space = threshold_space(4)
+    assert space.bounds == dict.fromkeys(["root_00", "root_01", "root_02", "root_03"], (0.0, 1.0))
+    found = space.configuration(dict(zip(space.bounds, (0.0, 0.5, 0.8, 1.0), strict=True))).policy
     np.testing.assert_allclose(found.thresholds, 1 - FARTHEST * np.array([0, 0.25, 0.64, 1]))
-    assert raw.configuration(dict.fromkeys(raw.bounds, 0.0)).policy == Threshold([1.0] * 4)
+    assert space.configuration(dict.fromkeys(space.bounds, 0.0)).policy == Threshold([1.0] * 4)
 
 
 def test_knots_are_interpolated_over_the_depth():
-    schedule = threshold_space(4, calibration=CALIBRATION, knots=2)
-    assert list(schedule.bounds) == ["u_00", "u_01"]
-    found = schedule.configuration({"u_00": 0.0, "u_01": 0.9}).policy
-    np.testing.assert_allclose(found.thresholds, CALIBRATION.thresholds([0.0, 0.3, 0.6, 0.9]))
-    full = threshold_space(4, calibration=CALIBRATION, knots=4)
-    point = {f"u_{i:02d}": i / 4 for i in range(4)}
-    assert full.configuration(point) == threshold_space(4, calibration=CALIBRATION).configuration(point)
+    schedule = threshold_space(4, knots=2)
+    assert list(schedule.bounds) == ["root_00", "root_01"]
+    found = schedule.configuration({"root_00": 0.0, "root_01": 0.9}).policy
+    np.testing.assert_allclose(found.thresholds, 1 - FARTHEST * np.array([0.0, 0.3, 0.6, 0.9]) ** 2)
+    point = {f"root_{i:02d}": i / 4 for i in range(4)}
+    assert threshold_space(4, knots=4).configuration(point) == threshold_space(4).configuration(point)
 
 
 def test_what_tells_spaces_apart():
-    other = Calibration(CALIBRATION.quantiles - 0.1)
-    given = ((None, CALIBRATION), (None, other), (3, other))
-    shares = [threshold_space(4, knots, calibration=one) for knots, one in given]
-    spaces = [*shares, threshold_space(4), threshold_space(4, feature="keys")]
-    assert len({str(space.about) for space in [*spaces, threshold_space(4, calibration=CALIBRATION)]}) == 5
+    spaces = [threshold_space(4), threshold_space(4, feature="keys"), threshold_space(4, 3), threshold_space(5, 3)]
+    assert len({str(space.about) for space in [*spaces, threshold_space(4)]}) == 4
 
 
 def test_curve_and_sobol_points_are_inside_the_bounds():
@@ -50,16 +39,9 @@ def test_curve_and_sobol_points_are_inside_the_bounds():
     assert points == space.sobol(16, seed=1) != space.sobol(16, seed=2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((5, None, "tokens", CALIBRATION), "needs a calibration of 5 layers"),
-        ((4, 1), "1 knots over 4 blocks: use 2 to 4"),
-    ],
-)
-def test_bad_spaces_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        threshold_space(*arguments)
+def test_too_few_knots_are_named():
+    with pytest.raises(ValueError, match="1 knots over 4 blocks: use 2 to 4"):
+        threshold_space(4, 1)
 
 
 def test_scalars_do_not_vary_over_the_depth():

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokmerge.merging.calibration import Calibration
 from tokmerge.merging.matching import Policy
 from tokmerge.merging.policies import Threshold
 from tokmerge.models.configuration import Configuration
@@ -92,28 +91,16 @@ def policy_space(
     return Space(depth, profiles, lambda **values: configure(policy(**values)), knots, **rest)
 
 
-def threshold_space(
-    depth: int, knots: int | None = None, feature: str = "tokens", calibration: Calibration | None = None
-) -> Space:
+def threshold_space(depth: int, knots: int | None = None, feature: str = "tokens") -> Space:
     """The thresholds of all blocks, by the square root of how far they are below 1, so that costs spread evenly.
 
     Args:
         depth, knots: as in `Space`.
         feature: what the thresholds are compared with.
-        calibration: of the same feature; with it, shares u of set A to merge are searched instead.
-
-    Raises:
-        ValueError: a calibration of another depth.
     """
-    if calibration is None:
-        settled = {"farthest": FARTHEST} | ({} if feature == "tokens" else {"feature": feature})
-        limits = {"root": (0.0, 1.0)}
-        return policy_space(depth, limits, lambda root: Threshold(cosines(root), feature), knots, settled=settled)
-    if len(calibration.quantiles) != depth:
-        raise ValueError(f"a space of {depth} blocks needs a calibration of {depth} layers")
-    settled = {"calibration": calibration.quantiles.mean(1).round(5).tolist(), "feature": feature}
-    shares = {"u": (0.0, 1.0)}
-    return policy_space(depth, shares, lambda u: Threshold(calibration.thresholds(u), feature), knots, settled=settled)
+    settled = {"farthest": FARTHEST} | ({} if feature == "tokens" else {"feature": feature})
+    limits = {"root": (0.0, 1.0)}
+    return policy_space(depth, limits, lambda root: Threshold(cosines(root), feature), knots, settled=settled)
 
 
 def cosines(roots: Sequence[float], farthest: float = FARTHEST) -> tuple[float, ...]:
