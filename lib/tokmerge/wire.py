@@ -101,7 +101,8 @@ def part_bytes(
     chunk = held * _token_bytes(embed_dim, precision) + 4
     if source is not None:
         patches = source.shape[1]
-        bits = _map_bits(lengths + (source < 0).any(1))
+        alphabets = lengths + (source < 0).any(1)
+        bits = lengths.new_tensor([_map_bits(alphabet) for alphabet in alphabets.tolist()])
         header = header + len(_varints([patches])) + -(-patches * bits // 8)
     if sizes is None:
         return header, chunk_image, chunk
@@ -174,11 +175,8 @@ def encode_images(
     if order is not None:
         tokens, sizes = tokens[order], None if sizes is None else sizes[order]
     if order is not None and source is not None:
-        first = torch.tensor([0, *counts[:-1]]).cumsum(0)[: len(counts), None]
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        source = torch.where(
-            source < 0, -1, place[source.clamp(min=0) + first.to(order.device)] - first.to(order.device)
-        )
+        first = torch.tensor([0, *counts[:-1]], device=order.device).cumsum(0)[: len(counts), None]
+        source = torch.where(source < 0, -1, order.argsort()[source.clamp(min=0) + first] - first)
     rows = tokens.split(list(counts))
     parts = [None] * len(rows) if sizes is None else sizes.split(list(counts))
     maps = [None] * len(rows) if source is None else source
@@ -255,7 +253,7 @@ def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, 
         sections, at = _read_varints(payload, at, -(-n // chunk_tokens))
     if payload[3] & 0x40:
         (patches,), at = _read_varints(payload, at, 1)
-        bits = int(_map_bits(torch.tensor([n + (payload[3] >> 7)]))[0])
+        bits = _map_bits(n + (payload[3] >> 7))
         packed = payload[at : (end := at + -(-patches * bits // 8))]
         if end > len(payload):
             raise WireError("cut off in its source map")
@@ -270,16 +268,15 @@ def _read_header(payload: bytes) -> tuple[int, int, int, str, list[int] | None, 
     return n, dim, chunk_tokens, PRECISIONS[code], sections, source, at + 4
 
 
-def _map_bits(alphabet: Tensor) -> Tensor:
-    """Bits of an entry of source maps with so many values, (B,): ceil(log2), at least 1."""
-    powers = 2 ** torch.arange(63, device=alphabet.device)
-    return (alphabet[:, None] > powers).sum(1).clamp(min=1)
+def _map_bits(alphabet: int) -> int:
+    """Bits of an entry of a source map with so many values: ceil(log2), at least 1."""
+    return max(1, (alphabet - 1).bit_length())
 
 
 def _pack_map(source: Tensor, n: int, gaps: bool) -> bytes:
     if source.ndim != 1 or (len(source) and not -1 <= int(source.min()) <= int(source.max()) < n):
         raise ValueError(f"a source map of shape {tuple(source.shape)} names tokens that are none of {n}")
-    bits = int(_map_bits(torch.tensor([n + gaps]))[0])
+    bits = _map_bits(n + gaps)
     codes = torch.where(source < 0, n, source).cpu().numpy()
     digits = (codes[:, None] >> np.arange(bits)) & 1
     return _varints([len(codes)]) + np.packbits(digits.astype(np.uint8), bitorder="little").tobytes()

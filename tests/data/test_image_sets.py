@@ -1,5 +1,6 @@
 import dataclasses
 import io
+from functools import partial
 
 import datasets
 import numpy as np
@@ -86,23 +87,21 @@ def test_pictures_of_any_folder_come_turned_and_without_labels(tmp_path):
     assert np.array_equal(np.asarray(found[0].image), np.rot90(pixels, -1))
 
 
+FRAMES = [Image.new("L", (8, 8), tone) for tone in (0, 255)]
+
+
 @pytest.mark.parametrize(
-    ("name", "image", "message"),
+    ("name", "write", "message"),
     [
-        ("deep.png", Image.new("I;16", (8, 8)), r"deep\.png cannot be read: it has more than 8 bits a channel"),
-        ("moving.gif", [Image.new("L", (8, 8), tone) for tone in (0, 255)], r"moving\.gif cannot be read: it has 2 fr"),
-        ("bad.jpg", None, r"bad\.jpg cannot be read: cannot identify"),
+        ("deep.png", Image.new("I;16", (8, 8)).save, "it has more than 8 bits a channel"),
+        ("moving.gif", partial(FRAMES[0].save, save_all=True, append_images=FRAMES[1:]), "it has 2 frames"),
+        ("bad.jpg", lambda file: file.write_text("no picture"), "cannot identify"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_named_before_long_work(tmp_path, name, image, message):
+def test_a_picture_that_cannot_be_used_is_named_before_long_work(tmp_path, name, write, message):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    if image is None:
-        (tmp_path / name).write_bytes(b"no picture")
-    elif isinstance(image, list):
-        image[0].save(tmp_path / name, save_all=True, append_images=image[1:])
-    else:
-        image.save(tmp_path / name)
-    with pytest.raises(DataError, match=message):
+    write(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name} cannot be read: {message}"):
         imagenet.picture_folder(tmp_path)
 
 
@@ -116,7 +115,6 @@ def test_a_folder_without_pictures_is_named(tmp_path):
 
 def hub_photos(folder, photos):
     """A local data set of encoded photos in two parquet files, features declared in its card as on the hub."""
-    names = "".join(f"\n          '{i}': class {i}" for i in range(2))
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["class 0", "class 1"]))
     for shard, part in enumerate((photos[:2], photos[2:])):
         rows = {"image": [{"bytes": p, "path": None} for p in part], "label": [shard] * len(part)}
@@ -124,7 +122,7 @@ def hub_photos(folder, photos):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
     (folder / "README.md").write_text(
         "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
-        f"      class_label:\n        names:{names}\n---\n"
+        "      class_label:\n        names:\n          '0': class 0\n          '1': class 1\n---\n"
     )
     return folder
 
@@ -171,23 +169,17 @@ def test_imagenette_has_imagenets_labels_even_where_a_script_made_it(tmp_path, m
     expected = [imagenet.IMAGENETTE[name] for name in [*names, *names[:2]]]
     assert images.labels.tolist() == [example.label for example in images.examples()] == expected
     assert len(images.classes) == 1000
-    assert (images.classes[701], images.classes[574], images.name) == (
-        "parachute",
-        "golf ball",
-        "Imagenette from nette",
-    )
+    assert (images.classes[701], images.classes[574]) == ("parachute", "golf ball")
+    assert images.name == "Imagenette from nette"
     real, asked = datasets.load_dataset, []
 
-    def refuses_scripts(path, config, revision=None, **given):
-        asked.append((path, config, revision))
+    def refuses_scripts(path, name, revision=None, **given):
+        asked.append((path, name, revision))
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found imagenette.py")
-        given |= {"revision": None, "name": None}
         return real(str(tmp_path / "nette"), **given)
 
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda path, **given: refuses_scripts(path, given.pop("name"), **given)
-    )
+    monkeypatch.setattr(datasets, "load_dataset", refuses_scripts)
     assert imagenet.imagenette_hub().labels.tolist() == expected
     assert asked[1:] == [("frgfm/imagenette", "320px", "refs/convert/parquet")]
     monkeypatch.undo()

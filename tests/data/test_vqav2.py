@@ -118,11 +118,8 @@ def test_hub_streaming(hub):
     assert found.image is None
     assert found.name == f"hub data {hub.name}"
     first = load_questions("vqav2-hub", "validation[:2]", path=hub)
-    assert (
-        [question.id for question in first.questions]
-        == [question.id for question, _ in first.pairs()]
-        == [42000, 42001]
-    )
+    ids = [question.id for question in first.questions]
+    assert ids == [question.id for question, _ in first.pairs()] == [42000, 42001]
     with pytest.raises(DataError, match=r"use a name such as validation, or validation\[:1000\]"):
         vqav2.vqav2_hub("validation[2:]", str(hub))
     found = vqav2.vqav2_hub("testdev", str(hub))

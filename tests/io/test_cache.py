@@ -57,7 +57,6 @@ def test_any_name_is_one_file(tmp_path):
 
 
 def test_only_what_is_written_down_counts_and_is_checked():
-    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert len({digest(about) for about in ({"a": 1}, {"a": 1.5}, {"a": "1"}, {})}) == 4
     with pytest.raises(TypeError, match="not JSON serializable"):
         digest({"a": object()})

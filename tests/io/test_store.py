@@ -23,11 +23,7 @@ def test_what_is_saved_comes_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("save", "content"),
-    [
-        (store.save_tensors, {"w": torch.ones(1)}),
-        (store.save_table, pd.DataFrame({"a": [1]})),
-        (store.save_json, {}),
-    ],
+    [(store.save_tensors, {"w": torch.ones(1)}), (store.save_table, pd.DataFrame({"a": [1]})), (store.save_json, {})],
 )
 def test_others_may_read_what_is_saved(tmp_path, save, content):
     save(content, tmp_path / "saved")

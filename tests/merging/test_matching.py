@@ -4,34 +4,21 @@ import math
 from dataclasses import replace
 
 import pytest
+import tokmerge
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokmerge import (
-    AdaMerge,
-    AttentionPruning,
-    CappedThreshold,
-    ConfidenceThreshold,
-    LocalThreshold,
-    PiToMe,
-    RandomMerging,
-    RandomPruning,
-    RelativeThreshold,
-    StaticRates,
-    Threshold,
-    ToFu,
-    TopR,
-)  # fmt: skip
+from tokmerge import Threshold, TopR
 from tokmerge.merging import compiled, merge
 from tokmerge.merging.matching import ranked
 from tokmerge.merging.packed import Layout, Packed
 from tokmerge.merging.peers import OutlierMerging
 
 POLICIES = [
-    Threshold(0.2), Threshold(0.2, "keys"), CappedThreshold(0.1, 2), RelativeThreshold(-0.5), LocalThreshold(0.0, 2),
-    ConfidenceThreshold(0.0, 0.5, 2.0),
-    TopR(3), TopR(3, "tokens"), PiToMe(3), ToFu(3), AdaMerge(4, [0.1], [0.2]), AttentionPruning(3), StaticRates(2, 2),
-    RandomMerging(3), RandomPruning(3), OutlierMerging(0),
+    Threshold(0.2), Threshold(0.2, "keys"), tokmerge.CappedThreshold(0.1, 2), tokmerge.RelativeThreshold(-0.5),
+    tokmerge.LocalThreshold(0.0, 2), tokmerge.ConfidenceThreshold(0.0, 0.5, 2.0), TopR(3), TopR(3, "tokens"),
+    tokmerge.PiToMe(3), tokmerge.ToFu(3), tokmerge.AdaMerge(4, [0.1], [0.2]), tokmerge.AttentionPruning(3),
+    tokmerge.StaticRates(2, 2), tokmerge.RandomMerging(3), tokmerge.RandomPruning(3), OutlierMerging(0),
 ]  # fmt: skip
 
 
@@ -74,7 +61,7 @@ def test_every_policy_gives_an_image_what_it_gets_alone(policy, lengths, dtype, 
 
 SIMILAR_PAIRS = [
     Threshold(0.2), Threshold(0.0, "keys"), Threshold(-0.5, size_aware=True), TopR(3), TopR(100, "tokens"),
-    CappedThreshold(0.1, 2), ConfidenceThreshold(0.0, 0.5, 2.0),
+    tokmerge.CappedThreshold(0.1, 2), tokmerge.ConfidenceThreshold(0.0, 0.5, 2.0),
 ]  # fmt: skip
 
 

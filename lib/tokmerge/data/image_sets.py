@@ -61,10 +61,8 @@ class ImageSet:
     def __post_init__(self) -> None:
         least = 0 if self.classes else -1
         if len(bad := np.flatnonzero((self.labels < least) | (self.labels >= len(self.classes)))):
-            where = f"example {self.ids[bad[0]]} of {self.name}, {self.split}, has label {self.labels[bad[0]]}"
-            raise DataError(
-                f"{where}, which is none of its {len(self.classes)} classes: use a split with public labels"
-            )
+            what = f"example {self.ids[bad[0]]} of {self.name}, {self.split}, has label {self.labels[bad[0]]}"
+            raise DataError(f"{what}, which is none of its {len(self.classes)} classes: use a split with public labels")
 
     def __len__(self) -> int:
         return len(self.ids)

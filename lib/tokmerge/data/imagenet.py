@@ -104,9 +104,7 @@ def imagenette_hub(split: str = "validation", name: str = IMAGENETTE_HUB) -> Ima
     index = np.array([IMAGENETTE[name] for name in images.classes])
 
     def stream(start: int) -> Iterator[Example]:
-        assert images.stream is not None
-        for example in images.stream(start):
-            yield example._replace(label=int(index[example.label]))
+        return (example._replace(label=int(index[example.label])) for example in images.examples(start))
 
     return replace(images, classes=classes, labels=index[images.labels], stream=stream)
 

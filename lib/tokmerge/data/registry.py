@@ -2,17 +2,8 @@
 
 from pathlib import Path
 
-from tokmerge.data import fashion_mnist, photos, scenes, vqav2
-from tokmerge.data.easy_vqa import load_easy_vqa
+from tokmerge.data import easy_vqa, fashion_mnist, imagenet, photos, scenes, vqav2
 from tokmerge.data.image_sets import DataError, ImageSet
-from tokmerge.data.imagenet import (
-    IMAGENET_HUB,
-    IMAGENETTE_HUB,
-    image_folder,
-    imagenet_hub,
-    imagenette_hub,
-    picture_folder,
-)
 from tokmerge.data.questions import QuestionSet
 
 IMAGE_SOURCES = ("sample", "fashion-mnist", "photos", "imagefolder", "folder", "imagenette", "imagenet-1k")
@@ -41,13 +32,13 @@ def load_images(
     if source == "photos":
         return photos.load_photos(split, path, data_dir)
     if source == "folder":
-        return picture_folder(_given(path, source, "a folder with pictures"), split)
+        return imagenet.picture_folder(_given(path, source, "a folder with pictures"), split)
     if source == "imagefolder":
-        return image_folder(_given(path, source, "a folder with one folder of images per class"), split)
+        return imagenet.image_folder(_given(path, source, "a folder with one folder of images per class"), split)
     if source == "imagenette":
-        return imagenette_hub(split, str(path or IMAGENETTE_HUB))
+        return imagenet.imagenette_hub(split, str(path or imagenet.IMAGENETTE_HUB))
     if source == "imagenet-1k":
-        return imagenet_hub(split, str(path or IMAGENET_HUB))
+        return imagenet.imagenet_hub(split, str(path or imagenet.IMAGENET_HUB))
     raise DataError(f"unknown data set {source!r}: use one of {', '.join(IMAGE_SOURCES)}")
 
 
@@ -72,7 +63,7 @@ def load_questions(
     if source == "scenes":
         return scenes.load_scenes(split, n, seed=seed, path=path, data_dir=data_dir).questions
     if source == "easy-vqa":
-        return load_easy_vqa(split, path)
+        return easy_vqa.load_easy_vqa(split, path)
     if source == "vqav2":
         where = _given(path, source, "a folder with the official questions, annotations and images")
         return vqav2.vqav2_folder(where, split)

@@ -4,7 +4,6 @@ A set is generated from a seed and from photos of its own: scenes of two splits 
 cells are left blank, so scenes differ in how many tokens they deserve.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,15 @@ def draw_scenes(photos: ImageSet, n: int, *, seed: int, split: str) -> Scenes:
         image_id = f"{split}-{scene:05d}"
         for text, answer, answer_type, question_type in scene_questions(kinds[scene], rng):
             questions.append(Question(len(questions), image_id, text, (answer,), answer_type, question_type))
-    return Scenes(shown, kinds, with_images(f"Scenes ({photos.name})", split, questions, _painter(pixels, shown)))
+
+    def paint(image_id: str) -> Image.Image:
+        """The scene's 84x84 RGB canvas."""
+        cells = shown[int(image_id.rsplit("-", 1)[1])]
+        tiles = np.where((cells >= 0)[:, None, None], pixels[cells], 0)
+        canvas = tiles.reshape(SIDE, SIDE, PHOTO, PHOTO).swapaxes(1, 2).reshape(SIDE * PHOTO, SIDE * PHOTO)
+        return Image.fromarray(canvas.astype(np.uint8)).convert("RGB")
+
+    return Scenes(shown, kinds, with_images(f"Scenes ({photos.name})", split, questions, paint))
 
 
 def scene_questions(kinds: np.ndarray, rng: np.random.Generator) -> list[tuple[str, str, str, str]]:
@@ -108,11 +115,10 @@ def scene_questions(kinds: np.ndarray, rng: np.random.Generator) -> list[tuple[s
     """
     counts = np.bincount(kinds[kinds >= 0], minlength=len(ITEMS))
     present, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
-
-    def existence(kind: int, answer: str) -> tuple[str, str, str, str]:
-        return f"does any photo show a {ITEMS[kind]}?", answer, "yes/no", "existence"
-
-    asked = [existence(rng.choice(present), "yes"), existence(rng.choice(absent), "no")]
+    asked = [
+        (f"does any photo show a {ITEMS[rng.choice(kinds)]}?", answer, "yes/no", "existence")
+        for kinds, answer in ((present, "yes"), (absent, "no"))
+    ]
 
     counted = rng.choice(present if rng.random() < 0.75 else absent)
     asked.append((f"how many photos show a {ITEMS[counted]}?", str(counts[counted]), "number", "counting"))
@@ -132,15 +138,3 @@ def scene_questions(kinds: np.ndarray, rng: np.random.Generator) -> list[tuple[s
     answer = "yes" if counts[more] > counts[less] else "no"
     text = f"do more photos show a {ITEMS[more]} than a {ITEMS[less]}?"
     return [*asked, (text, answer, "yes/no", "comparison")]
-
-
-def _painter(pixels: np.ndarray, shown: np.ndarray) -> Callable[[str], Image.Image]:
-    """Image id to its 84x84 RGB canvas."""
-
-    def paint(image_id: str) -> Image.Image:
-        cells = shown[int(image_id.rsplit("-", 1)[1])]
-        tiles = np.where((cells >= 0)[:, None, None], pixels[cells], 0)
-        canvas = tiles.reshape(SIDE, SIDE, PHOTO, PHOTO).swapaxes(1, 2).reshape(SIDE * PHOTO, SIDE * PHOTO)
-        return Image.fromarray(canvas.astype(np.uint8)).convert("RGB")
-
-    return paint

@@ -38,11 +38,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def need(path: str | Path, made_by: str) -> Path:
-    """The resolved path of an input that must exist.
-
-    Raises:
-        FileNotFoundError: it is missing; the message names ``made_by``, the notebook to run first.
-    """
+    """The resolved path of an input; where it is missing, FileNotFoundError names ``made_by``, the notebook to run."""
     found = resolve(path)
     if not found.exists():
         raise FileNotFoundError(f"missing input {path}: run notebooks/{made_by}.ipynb first (or `make repro`)")

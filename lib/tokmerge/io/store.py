@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,10 +88,8 @@ def provenance(params: Mapping[str, Any]) -> dict[str, Any]:
     """What a run was made with: parameters, package versions, machine, seconds so far. Goes into a stage's JSON."""
     versions = {}
     for package in RECORDED_PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "params": dict(params),
         "versions": versions,

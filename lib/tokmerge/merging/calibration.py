@@ -104,11 +104,10 @@ class Calibration:
         """
         if len(u) != len(self.quantiles):
             raise ValueError(f"{len(u)} shares for a calibration of {len(self.quantiles)} layers")
-        for layer, share in enumerate(u):
+        taus, grid = [], np.linspace(0, 1, self.quantiles.shape[1])
+        for layer, (share, row) in enumerate(zip(u, self.quantiles, strict=True)):
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"u[{layer}] is {share}, not a share between 0 and 1")
-        grid = np.linspace(0, 1, self.quantiles.shape[1])
-        inner = [
-            float(np.interp(1 - share, grid, row).clip(-1, 1)) for share, row in zip(u, self.quantiles, strict=True)
-        ]
-        return tuple(1.0 if share == 0 else -1.0 if share == 1 else tau for share, tau in zip(u, inner, strict=True))
+            tau = float(np.interp(1 - share, grid, row).clip(-1, 1))
+            taus.append(1.0 if share == 0 else -1.0 if share == 1 else tau)
+        return tuple(taus)

@@ -92,11 +92,7 @@ def build_front(
 
 
 def save_front(front: Front, path: str | Path) -> None:
-    """Write a policy file.
-
-    Raises:
-        ValueError: a point has a policy of one's own, which has no name here.
-    """
+    """Write a policy file; ValueError if a point has a policy of one's own, which has no name here."""
     points = [{**vars(point), "policy": policy_to_json(point.policy)} for point in front.points]
     store.save_json({"version": FRONT_VERSION, **vars(front), "points": points}, path)
 

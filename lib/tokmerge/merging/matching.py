@@ -57,13 +57,6 @@ class Matches(NamedTuple):
             a, b = order[image, a], order[image, b]
         return Merges(torch.as_tensor(start + a), torch.as_tensor(start + b), torch.as_tensor(taken.sum(1)))
 
-    def rows_a(self) -> Tensor:
-        """(B, A) packed row of each token in set A; beyond the end of its image any row."""
-        places = torch.arange(0, 2 * self.best.shape[1], 2, device=self.best.device)[None]
-        places = places if self.order is None else self.order[:, ::2]
-        rows = self.layout.offsets[:, None] + self.first + places
-        return rows.clamp(max=max(sum(self.layout.counts) - 1, 0))
-
 
 @dataclass(frozen=True)
 class Context:
@@ -196,16 +189,16 @@ class Sides(NamedTuple):
             metric = metric.gather(1, order[..., None].expand_as(metric))
         return cls(metric[:, ::2], metric[:, 1::2].transpose(1, 2), valid, numbers, inverse, order)
 
-    def scores(self, some: slice | None = None) -> Tensor:
+    def scores(self, some: slice = slice(None)) -> Tensor:
         """(B, A, b) similarities of all or some of set A; -inf where there is no such b, or none of the group."""
-        scores = torch.bmm(self.a if some is None else self.a[:, some], self.b)
+        scores = torch.bmm(self.a[:, some], self.b)
         if self.inverse is not None:
-            weight = (2 / (self.inverse[:, ::2][:, some or slice(None), None] + self.inverse[:, None, 1::2])).sqrt_()
+            weight = (2 / (self.inverse[:, ::2][:, some, None] + self.inverse[:, None, 1::2])).sqrt_()
             scores = scores.sub_(1).mul_(weight).add_(1)
         if self.valid is not None:
             scores.masked_fill_(~self.valid[:, None, 1::2], float("-inf"))
         if self.numbers is not None:
-            others = self.numbers[:, ::2][:, some or slice(None), None] != self.numbers[:, None, 1::2]
+            others = self.numbers[:, ::2][:, some, None] != self.numbers[:, None, 1::2]
             scores.masked_fill_(others, float("-inf"))
         return scores
 

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from tokmerge.merging import compiled
-from tokmerge.merging.matching import (
-    BLOCK,
-    Context,
-    Merges,
-    Policy,
-    Sides,
-    compares,
-    matching_features,
-    widen,
-)
+from tokmerge.merging.matching import BLOCK, Context, Merges, Policy, Sides, compares, matching_features, widen
 from tokmerge.merging.packed import Layout, Packed, host
 from tokmerge.merging.policies import SimilarPairs
 
@@ -101,17 +92,21 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
         scale = torch.where(received, target / merged.norm(dim=1).clamp_min(1e-12), 1.0)
         merged = merged * scale[:, None]
 
-    where = torch.as_tensor(row)
-    where[src] = to
-    if dropped is not None:
-        where[dropped] = -1
-    return _settle(tokens, Packed(merged.to(x.dtype), Layout(tokens.lengths - lost), new_sizes, None, place), where)
+    after = Packed(merged.to(x.dtype), Layout(tokens.lengths - lost), new_sizes, None, place)
+    return _settle(tokens, after, torch.as_tensor(row), merges)
 
 
-def _settle(tokens: Packed, after: Packed, where: Tensor) -> Packed:
-    """What is left of tokens, with source map and detail if they had them; each is in row ``where``, (T,), or -1."""
+def _settle(tokens: Packed, after: Packed, where: Tensor, merges: Merges | None = None) -> Packed:
+    """What is left of tokens, with source map and detail if they had them.
+
+    ``where``, (T,), is each token's row, -1 for none; with ``merges`` that of those that stay, and the others' are set.
+    """
     if tokens.source is None:
         return after
+    if merges is not None:
+        where[merges.src] = where[merges.dst]
+        if merges.dropped is not None:
+            where[merges.dropped] = -1
     moved = where[tokens.source.clamp(min=0) + tokens.layout.offsets[:, None]]
     source = torch.where((tokens.source < 0) | (moved < 0), -1, moved - after.layout.offsets[:, None])
     after = replace(after, source=source)

@@ -184,9 +184,8 @@ def join(parts: Sequence[Packed]) -> Packed:
     >>> join([pack(torch.zeros(1, 3, 4)), pack(torch.zeros(2, 2, 4))]).lengths
     tensor([3, 2, 2])
     """
-    sizes = None
-    if any(part.sizes is not None for part in parts):
-        sizes = torch.cat([part.full_sizes for part in parts])
+    sized = any(part.sizes is not None for part in parts)
+    sizes = torch.cat([part.full_sizes for part in parts]) if sized else None
     sources = [part.source for part in parts if part.source is not None]
     source = torch.cat(sources) if len(sources) == len(parts) else None
     lengths = torch.cat([part.lengths for part in parts])

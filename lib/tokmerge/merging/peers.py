@@ -153,12 +153,11 @@ class AdaMerge(FixedR):
         z = (moments(matches.similarity)[0] - self.means[layer]) / self.deviations[layer]
         r = (at(self.r, layer) * (self.alpha * z).sigmoid()).floor().long()
         # The class token and its like never merge; what they are worth does not matter.
-        salience = _centrality(context)[context.layout.valid].clamp(1e-6, 1.0)
-        # Places beyond an image's end hold any token: their similarity keeps them out.
-        salience_a = salience.take(matches.rows_a())
+        salience = _centrality(context).clamp(1e-6, 1.0)
+        salience_a = salience[:, context.protected :: 2]
         merges = matches._replace(similarity=matches.similarity * (1 - salience_a)).take(most=r)
-        sizes = salience.new_ones(len(salience)) if context.sizes is None else context.sizes
-        return merges._replace(weights=sizes * salience)
+        weights = salience[context.layout.valid]
+        return merges._replace(weights=weights if context.sizes is None else context.sizes * weights)
 
     def match_macs(self, n: Tensor, d: int) -> Tensor:
         # The affinities hold the similarities of all pairs.
@@ -175,8 +174,17 @@ def _centrality(context: Context) -> Tensor:
     return found / found.amax(1, keepdim=True).clamp_min(1e-12)
 
 
+class Unmatched(LayerPolicy):
+    """What policies that compare no tokens share."""
+
+    compares = False
+
+    def match_macs(self, n: Tensor, d: int) -> Tensor:
+        return torch.zeros_like(n)
+
+
 @dataclass(frozen=True)
-class WindowPooling(LayerPolicy):
+class WindowPooling(Unmatched):
     """The tokens of a window of the patch grid become their mean, whatever they show: content-blind pooling.
 
     The grid is cut into windows from its first row and column on; a pooled token's place is the mean over its patches.
@@ -189,7 +197,6 @@ class WindowPooling(LayerPolicy):
     """
 
     needs = ("places",)
-    compares = False
     rows: int | Sequence[int] = per_layer(Integral, "rows")
     columns: int | Sequence[int] = per_layer(Integral, "columns")
 
@@ -207,8 +214,7 @@ class WindowPooling(LayerPolicy):
         free = (layout.position >= context.protected).nonzero()[:, 0]
         row, column = (places[free] // places.new_tensor(
             [at(self.rows, context.layer), at(self.columns, context.layer)])).long().unbind(1)  # fmt: skip
-        width = int(column.max()) + 1 if len(column) else 1
-        height = int(row.max()) + 1 if len(row) else 1
+        height, width = (int(part.max()) + 1 if len(part) else 1 for part in (row, column))
         window = (layout.image[free] * height + row) * width + column
         # Every window's first token stays.
         first = torch.full((len(layout.lengths) * height * width,), len(layout.image), device=free.device)
@@ -217,22 +223,9 @@ class WindowPooling(LayerPolicy):
         lost = torch.zeros_like(layout.lengths).index_add_(0, layout.image[free], gone.long())
         return Merges(free[gone], first[gone], lost)
 
-    def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return torch.zeros_like(n)
-
 
 @dataclass(frozen=True)
-class UnmatchedFixedR(FixedR):
-    """What policies that compare no tokens share."""
-
-    compares = False
-
-    def match_macs(self, n: Tensor, d: int) -> Tensor:
-        return torch.zeros_like(n)
-
-
-@dataclass(frozen=True)
-class AttentionPruning(UnmatchedFixedR):
+class AttentionPruning(Unmatched, FixedR):
     """The tokens that the class token attends to least fuse into one (EViT, Liang et al., 2202.07800).
 
     The fused token is the attention-weighted mean of r + 1 tokens and stands where the most attended of them stood.
@@ -290,7 +283,7 @@ class StaticRates(LayerPolicy):
 
 
 @dataclass(frozen=True)
-class RandomMerging(UnmatchedFixedR):
+class RandomMerging(Unmatched, FixedR):
     """The floor: r tokens of set A merge into any token of set B.
 
     The draw depends on seed, layer and the token's place only, so an image gets the same in any batch.
@@ -312,7 +305,7 @@ class RandomMerging(UnmatchedFixedR):
 
 
 @dataclass(frozen=True)
-class RandomPruning(UnmatchedFixedR):
+class RandomPruning(Unmatched, FixedR):
     """The floor of pruning: any r tokens are dropped; one always stays. Drawn as in `RandomMerging`."""
 
     averages = False

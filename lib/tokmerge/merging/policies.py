@@ -217,12 +217,8 @@ class PiToMe(FixedR):
 
         r = (n // 2).clamp(max=int(at(self.r, context.layer)))
         if context.layer < self.unprotected * context.depth:
-            matches = match(context, order=order)
-            return matches.take(most=r[:, None])
+            return match(context, order=order).take(most=r[:, None])
         widest = max(r.tolist(), default=0)
-        if widest == 0:
-            nothing = order.new_empty(0)
-            return Merges(nothing, nothing, r)
         used = torch.arange(widest, device=r.device) < r[:, None]
         a, b = order[:, : 2 * widest : 2], order[:, 1 : 2 * widest : 2]
         of_a, of_b = (metric.gather(1, part[..., None].expand(-1, -1, metric.shape[2])) for part in (a, b))
