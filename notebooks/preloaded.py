@@ -39,7 +39,7 @@ def serve(command: list[str]) -> int:
         server.listen()
         running = subprocess.Popen(command)  # what it asks for meanwhile waits
         os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # read at the import
-        for name in [*MODULES, *(f"tokmerge.{file.parent.name}.{file.stem}" for file in LIBRARY.glob("*/*.py"))]:
+        for name in [*MODULES, *(f"tokmerge.{file.parent.name}.{file.stem}" for file in LIBRARY.glob("*/[!_]*.py"))]:
             importlib.import_module(name)
         server.settimeout(0.1)
         forks = []

@@ -81,7 +81,7 @@ def test_without_merging_it_is_the_model_itself(images):
     assert (record.macs - record.edge_macs == decoder).all(), "the decoder is the server's"
     # Nothing has merged: the server knows where every token belongs.
     assert record.payload_bytes[0] == len(wire.encode(torch.zeros(65, 48)))
-    checks.leaves_model_alone(model, lambda it: tokmerge.patch(it, tokmerge.TopR(3)), tokmerge.unpatch,
+    checks.leaves_model_alone(model, lambda it: tokmerge.patch(it, tokmerge.TopR(3)),
                               lambda merged: merged(images))  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def compute_lookup(
     for slot in slots:
         assert slot.uses is not None
         for snr_db in tqdm(list(snrs_db), desc=f"{slot.uses} uses, {slot.deadline_s:g} s", unit="SNR"):
-            tried = options(members, link, snr_db, slot, goal, 2, seed)
+            tried = options(members, link, snr_db, slot, goal, n_caps=2, seed=seed)
             best = max(score for score, _, _ in tried)
             timed = [(float(latency_s(members[index].select, slot, link, cap).mean()), score, index, cap)
                      for score, index, cap in tried if score >= best - SCORE_SLACK]  # fmt: skip

@@ -38,7 +38,10 @@ def _merge_pairs(tokens: Packed, policy: Any, context: Context) -> Packed | None
     x, sizes, lengths, row = compiled.merge_pairs(
         sides.scores(), tokens.x, tokens.full_sizes, tokens.lengths, context.protected, *policy.bounds(context)
     )
-    return _settle(tokens, Packed(x, Layout(lengths), sizes), row) if x.shape != tokens.x.shape else tokens
+    if x.shape == tokens.x.shape:
+        return tokens
+    after = Packed(x, Layout(lengths), sizes)
+    return after if tokens.source is None else _settle(tokens, after, row)
 
 
 def apply(tokens: Packed, merges: Merges) -> Packed:
@@ -93,20 +96,18 @@ def apply(tokens: Packed, merges: Merges) -> Packed:
         merged = merged * scale[:, None]
 
     after = Packed(merged.to(x.dtype), Layout(tokens.lengths - lost), new_sizes, None, place)
-    return _settle(tokens, after, torch.as_tensor(row), merges)
-
-
-def _settle(tokens: Packed, after: Packed, where: Tensor, merges: Merges | None = None) -> Packed:
-    """What is left of tokens, with source map and detail if they had them.
-
-    ``where``, (T,), is each token's row, -1 for none; with ``merges`` that of those that stay, and the others' are set.
-    """
     if tokens.source is None:
         return after
-    if merges is not None:
-        where[merges.src] = where[merges.dst]
-        if merges.dropped is not None:
-            where[merges.dropped] = -1
+    where = torch.as_tensor(row)
+    where[src] = to
+    if dropped is not None:
+        where[dropped] = -1
+    return _settle(tokens, after, where)
+
+
+def _settle(tokens: Packed, after: Packed, where: Tensor) -> Packed:
+    """What is left of tokens with a source map, with detail if they had it; each is in row ``where`` (T,), or -1."""
+    assert tokens.source is not None
     moved = where[tokens.source.clamp(min=0) + tokens.layout.offsets[:, None]]
     source = torch.where((tokens.source < 0) | (moved < 0), -1, moved - after.layout.offsets[:, None])
     after = replace(after, source=source)

@@ -126,8 +126,10 @@ def read_onnx(file: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     graph: Any = onnx.load(str(file)).graph
     values = {one.name: torch.from_numpy(np.array(numpy_helper.to_array(one))) for one in graph.initializer}
     # Class and 37 x 37 patch positions, as DINOv2 was trained with them; the ones without a name but these shapes.
-    nameless = {tuple(value.shape): value for name, value in values.items() if name.startswith("onnx::")}
-    first, patches = nameless[1, 1, WIDTH], nameless[1, 37 * 37, WIDTH]
+    (first,), (patches,) = (
+        [value for name, value in values.items() if name.startswith("onnx::") and value.shape == (1, n, WIDTH)]
+        for n in (1, 37 * 37)
+    )
     # The matrices of linear layers have no names of their own: the nodes that multiply by them do.
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in values:
